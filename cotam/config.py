@@ -1,0 +1,79 @@
+"""Configurations: frozen dataclasses, read from YAML, identified by a hash."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CodecConfig:
+    """The shape of one codec; stored beside its weights, and enough to rebuild the modules.
+
+    Attributes:
+        M: channels of the latent ``y`` at 1/16.
+        N8, N16: channels of the bodies of ``g_a`` and ``g_s`` at 1/8 and 1/16.
+        num_blocks8, num_blocks16: residual blocks at each of these resolutions.
+        N_z: channels of the hyper-latent ``z`` at 1/64.
+        N_hyper: channels inside ``h_a`` and the integer entropy-parameter network.
+        lmbdas: rate-distortion trade-off of quality levels 1..L (bpp + lmbda * 255^2 * MSE).
+    """
+
+    M: int = 192
+    N8: int = 128
+    N16: int = 256
+    num_blocks8: int = 2
+    num_blocks16: int = 4
+    N_z: int = 128
+    N_hyper: int = 192
+    lmbdas: tuple[float, ...] = (0.0018, 0.0035, 0.0067, 0.0130, 0.0250, 0.0483, 0.0932, 0.1800)
+
+    @property
+    def num_levels(self) -> int:
+        """Number of quality levels L with a gain of their own."""
+        return len(self.lmbdas)
+
+
+def from_mapping(cls: type[T], values: dict[str, Any], where: str = "config") -> T:
+    """Build the dataclass ``cls`` from a plain mapping, nested dataclasses included.
+
+    Raises:
+        ValueError: an unknown or missing key, named with its place.
+    """
+    hints = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(hints))}")
+    kwargs: dict[str, Any] = {}
+    for name, value in values.items():
+        factory = hints[name].default_factory
+        nested = factory if isinstance(factory, type) and dataclasses.is_dataclass(factory) else None
+        if nested is not None and isinstance(value, dict):
+            value = from_mapping(nested, value, f"{where}.{name}")
+        kwargs[name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return cls(**kwargs)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def load_yaml(cls: type[T], path: str | Path) -> T:
+    """Read the dataclass ``cls`` from a YAML file. Raises ValueError naming the file and the key at fault."""
+    values = yaml.safe_load(Path(path).read_text()) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a mapping of keys to values")
+    return from_mapping(cls, values, str(path))
+
+
+def config_hash(values: Any) -> str:
+    """16 hex digits that identify a configuration (a dataclass or JSON-serialisable value), whatever its key order."""
+    if dataclasses.is_dataclass(values) and not isinstance(values, type):
+        values = dataclasses.asdict(values)
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]

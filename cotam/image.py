@@ -1,0 +1,92 @@
+"""Image bytes to RGB and back: one decoder for everything people store, with a guard on size.
+
+Rules: EXIF orientation is applied; transparency is composited over white; 16-bit samples keep their upper 8 bits;
+CMYK, palette and grey images become RGB; of an animation the first frame counts.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
+RGBImage = NDArray[np.uint8]  # (H, W, 3)
+
+MAX_PIXELS = 2**26  # 67 megapixels
+_WHITE = (255, 255, 255, 255)
+
+
+class ImageError(ValueError):
+    """Bytes that are no image this package can read; the message says why."""
+
+
+class SourceImage(NamedTuple):
+    """A decoded image: ``pixels`` uint8 (H, W, 3), and the ``format`` of its bytes, such as "JPEG"."""
+
+    pixels: RGBImage
+    format: str
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> SourceImage:
+    """Decode image bytes to RGB.
+
+    Args:
+        data: the bytes of a JPEG, PNG, WebP, AVIF, TIFF, BMP or GIF file, whatever its name says.
+        max_pixels: larger images are refused before their pixels are decoded.
+
+    Raises:
+        ImageError: empty, unknown, corrupt, truncated or too large.
+    """
+    if not data:
+        raise ImageError("empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own size and EXIF warnings: the guard below decides
+            with Image.open(io.BytesIO(data)) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise ImageError(f"{width}x{height} pixels, over the limit of {max_pixels} pixels")
+                pixels = np.asarray(_to_rgb(image))
+                return SourceImage(np.ascontiguousarray(pixels), image.format or "unknown")
+    except UnidentifiedImageError:
+        raise ImageError("not an image in a known format") from None
+    except Image.DecompressionBombError as error:
+        raise ImageError(str(error)) from None
+    except (OSError, SyntaxError, ValueError, IndexError, KeyError, TypeError, EOFError, MemoryError) as error:
+        if isinstance(error, ImageError):
+            raise
+        # Pillow's decoders raise all of these on bad bytes.
+        raise ImageError(f"corrupt or truncated image: {error}") from None
+
+
+def encode_image(pixels: RGBImage, format: str = "PNG", **options: object) -> bytes:
+    """Encode uint8 RGB (H, W, 3) to the bytes of a file of Pillow's ``format``."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def check_rgb(image: RGBImage) -> None:
+    """Raise ValueError unless ``image`` is a non-empty uint8 array of shape (H, W, 3)."""
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        shape = getattr(image, "shape", None)
+        raise ValueError(f"expected a uint8 array of shape (H, W, 3), got {getattr(image, 'dtype', type(image))} {shape}")
+    if image.size == 0:
+        raise ValueError(f"image has no pixels: {image.shape}")
+
+
+def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:
+    image.load()
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I") or upright.mode == "F":
+        samples = np.asarray(upright).astype(np.float64)
+        # 16-bit files arrive as "I;16" or, from older encoders, as 32-bit integers; 8-bit ones never do.
+        upright = Image.fromarray((samples / 256).clip(0, 255).astype(np.uint8))
+    if upright.has_transparency_data:
+        rgba = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", rgba.size, _WHITE), rgba)
+    return upright if upright.mode == "RGB" else upright.convert("RGB")

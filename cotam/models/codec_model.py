@@ -1,0 +1,236 @@
+"""The CoTAM codec as one nn.Module: transforms, spatial gains, entropy model, and the forward pass of training."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cotam.config import CodecConfig
+from cotam.entropy.rans import SYMBOL_MAX
+from cotam.models.entropy_model import (
+    MEAN_STEPS,
+    NUM_SKIPPED_SCALES,
+    EntropyParameters,
+    GaussianParams,
+    HyperAnalysis,
+    first_half,
+    gaussian_bits,
+    index_of_scale,
+    scale_of_index,
+)
+from cotam.models.integer import IntConv2d
+from cotam.models.layers import pad_to_multiple, round_ste
+from cotam.models.transforms import LATENT_STRIDE, AnalysisTransform, SynthesisTransform, init_klt
+
+Q_STEPS = 4  # quality indexes per quality level: q = round((quality - 1) * Q_STEPS)
+HYPER_STRIDE = 4  # z positions are 4x4 latent positions
+
+
+class ForwardOutput(NamedTuple):
+    """x_hat (B, 3, H, W); ``bits`` (B, h, w), estimated bits per latent position, those of ``z`` spread evenly."""
+
+    x_hat: Tensor
+    bits: Tensor
+
+
+class Latents(NamedTuple):
+    """Quantised latents of a batch, integers in float32.
+
+    z: (B, N_z, hz, wz). symbols, indexes: (B, M, h, w), y relative to its means, and CDF rows.
+    """
+
+    z: Tensor
+    symbols: Tensor
+    indexes: Tensor
+
+
+class QualityGains(nn.Module):
+    """Per-level, per-channel gains of ``y`` and their learned inverses (after Cui et al. 2021, "gained VAE").
+
+    Levels between two anchors interpolate in the log domain.
+    """
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        lmbdas = torch.tensor(config.lmbdas, dtype=torch.float64)
+        # High-rate optimum of bpp + lmbda 255^2 MSE for an orthonormal transform of 16x16 RGB blocks.
+        step = torch.sqrt(18 / (math.log(2) * 255**2 * lmbdas)).float()
+        self.log_gain = nn.Parameter(-step.log()[:, None].repeat(1, config.M))
+        self.log_inverse = nn.Parameter(step.log()[:, None].repeat(1, config.M))
+
+    def forward(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Gains and inverse gains, each (B, M, h, w), for quality indexes ``q`` (B, 1, h, w)."""
+        return self._lookup(self.log_gain, q), self._lookup(self.log_inverse, q)
+
+    @staticmethod
+    def _lookup(table: Tensor, q: Tensor) -> Tensor:
+        num_levels = table.shape[0]
+        positions = torch.arange((num_levels - 1) * Q_STEPS + 1, device=table.device)
+        low = (positions // Q_STEPS).clamp_max(num_levels - 2)
+        weight = ((positions - low * Q_STEPS) / Q_STEPS)[:, None]
+        every = (table[low] * (1 - weight) + table[low + 1] * weight).exp()
+        return F.embedding(q[:, 0].long(), every).permute(0, 3, 1, 2)
+
+
+class CodecModel(nn.Module):
+    """Analysis, synthesis, gains and entropy model of one codec.
+
+    ``q`` is always the integer quality index map (B, 1, h, w) in [0, num_q), h and w being those of ``y``; for a uniform
+    map h = w = 1 is enough outside of training.
+    """
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.g_a = AnalysisTransform(config)
+        self.g_s = SynthesisTransform(config)
+        self.gains = QualityGains(config)
+        self.h_a = HyperAnalysis(config)
+        self.entropy_parameters = EntropyParameters(config)
+        self.z_log_scale = nn.Parameter(torch.zeros(config.num_levels, config.N_z))
+
+    @property
+    def num_q(self) -> int:
+        """Number of quality indexes."""
+        return (self.config.num_levels - 1) * Q_STEPS + 1
+
+    def freeze(self) -> CodecModel:
+        """Evaluation mode with the integers of the entropy-parameter network fixed. Raises ValueError on overflow."""
+        self.eval()
+        for module in self.entropy_parameters.modules():
+            if isinstance(module, IntConv2d):
+                module.freeze()
+        return self
+
+    @torch.no_grad()
+    def init_from_patches(self, patches: Tensor) -> None:
+        """Start at a transform coder: the KLT of ``patches`` (see ``init_klt``) and the deviations it gives ``y``."""
+        deviation = init_klt(self.g_a, self.g_s, patches)
+        gain = self.gains.log_gain
+        per_q = float(gain[-1, 0] - gain[0, 0]) / (self.num_q - 1)
+        self.entropy_parameters.init_scales(0.7 * deviation * gain[0].exp(), per_q)  # local, so below the global one
+
+    def z_levels(self, q: Tensor) -> Tensor:
+        """Level in [0, L) of every z position, (B, hz, wz), from ``q`` (B, 1, h, w): the rounded mean, exactly."""
+        uniform = q.shape[-2:] == (1, 1)
+        mean = (q if uniform else F.avg_pool2d(pad_to_multiple(q, HYPER_STRIDE), HYPER_STRIDE))[:, 0]
+        return torch.floor(mean / Q_STEPS + 0.5).long()
+
+    def z_indexes(self) -> Tensor:
+        """CDF rows of z, int64 (L, N_z)."""
+        return index_of_scale(self.z_log_scale.exp()).round().long()
+
+    def forward(self, x: Tensor, q: Tensor) -> ForwardOutput:
+        """The training pass. ``x`` (B, 3, H, W) in [0, 1] with H and W multiples of 64, ``q`` (B, 1, H/16, W/16).
+
+        While training, rates see uniform noise and everything else straight-through rounding; in evaluation mode all is
+        rounded, so the bits are those of the real symbols.
+        """
+        gain, inverse = self.gains(q)
+        y = self.g_a(x).float() * gain
+        z = self.h_a(y).float()
+        with torch.autocast(x.device.type, enabled=False):  # integers and rates need all of float32
+            y_hat, bits = self._code(y, z, q)
+        return ForwardOutput(self.g_s(y_hat * inverse), bits)
+
+    def _code(self, y: Tensor, z: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantised ``y_hat`` (B, M, h, w) and the estimated bits (B, h, w) of scaled ``y`` and ``z``."""
+        z_hat = round_ste(z)
+        z_scale = self.z_log_scale[self.z_levels(q)].permute(0, 3, 1, 2).exp()
+        z_bits = gaussian_bits(self._noisy(z), z_scale).sum(1, keepdim=True)
+
+        entropy = self.entropy_parameters
+        first = first_half(y.shape[1], y.shape[2], y.shape[3], y.device)
+        hyper = entropy.hyper(z_hat, q, y.shape[2], y.shape[3])
+        params = entropy.first_params(hyper, q)
+        y_first = (self._fixed(y, params.means)) * first
+        second = entropy.second_params(hyper, y_first, q)
+        means = torch.where(first, params.means, second.means)
+        scale = scale_of_index(torch.where(first, params.indexes, second.indexes))
+        y_bits = gaussian_bits(self._noisy(y - means / MEAN_STEPS), scale).sum(1)
+        y_hat = self._fixed(y, means) / MEAN_STEPS
+
+        spread = F.interpolate(z_bits / HYPER_STRIDE**2, scale_factor=HYPER_STRIDE)[:, 0]
+        return y_hat, y_bits + spread
+
+    @torch.inference_mode()
+    def compress(self, x: Tensor, q: Tensor) -> Latents:
+        """Quantise images: ``x`` (B, 3, H, W) in [0, 1], H and W multiples of 16, under ``q`` (B, 1, h, w) or (B, 1, 1, 1).
+
+        The model has to be frozen. ``g_a`` and ``h_a`` may run in any precision; the rest is exact.
+        """
+        y = self.g_a(x).float() * self.gains(q)[0]
+        z = self.h_a(y).float().round_()
+        hyper = self.entropy_parameters.hyper(z, q, y.shape[2], y.shape[3])
+        params = self.entropy_parameters.first_params(hyper, q)
+        first = first_half(y.shape[1], y.shape[2], y.shape[3], y.device)
+        symbols = self._symbols(y, params)
+        second = self.entropy_parameters.second_params(hyper, self.y_fixed(symbols, params) * first, q)
+        return Latents(
+            z,
+            torch.where(first, symbols, self._symbols(y, second)),
+            torch.where(first, params.indexes, second.indexes),
+        )
+
+    @torch.inference_mode()
+    def decompress_first(self, z_hat: Tensor, q: Tensor, height: int, width: int) -> tuple[Tensor, GaussianParams]:
+        """Features and the first half's parameters for ``z_hat`` (B, N_z, hz, wz) and a latent of height x width."""
+        hyper = self.entropy_parameters.hyper(z_hat, q, height, width)
+        return hyper, self.entropy_parameters.first_params(hyper, q)
+
+    @torch.inference_mode()
+    def decompress_second(self, hyper: Tensor, y_first: Tensor, q: Tensor) -> GaussianParams:
+        """The second half's parameters, given ``y_first`` (B, M, h, w): ``y_fixed``, 0 in the second half."""
+        return self.entropy_parameters.second_params(hyper, y_first, q)
+
+    @torch.inference_mode()
+    def reconstruct(self, y_fixed: Tensor, q: Tensor) -> Tensor:
+        """Images (B, 3, 16 h, 16 w) in [0, 1] from ``y_fixed`` (B, M, h, w)."""
+        y_hat = y_fixed / MEAN_STEPS * self.gains(q)[1]
+        x_hat: Tensor = self.g_s(y_hat).float().clamp_(0, 1)
+        return x_hat
+
+    @staticmethod
+    def y_fixed(symbols: Tensor, params: GaussianParams) -> Tensor:
+        """Reconstruction of scaled ``y`` in integer units of 1/MEAN_STEPS, as float32."""
+        return symbols * MEAN_STEPS + params.means
+
+    @staticmethod
+    def _symbols(y: Tensor, params: GaussianParams) -> Tensor:
+        symbols = (y - params.means / MEAN_STEPS).round_().clamp_(-SYMBOL_MAX, SYMBOL_MAX)
+        return symbols * (params.indexes >= NUM_SKIPPED_SCALES)
+
+    def _noisy(self, values: Tensor) -> Tensor:
+        return values + torch.empty_like(values).uniform_(-0.5, 0.5) if self.training else values.round()
+
+    @staticmethod
+    def _fixed(y: Tensor, means: Tensor) -> Tensor:
+        """``y`` rounded around ``means``, in units of 1/MEAN_STEPS."""
+        return round_ste(y - means / MEAN_STEPS) * MEAN_STEPS + means
+
+
+def rate_distortion_loss(out: ForwardOutput, x: Tensor, q: Tensor, lmbdas: Tensor) -> Tensor:
+    """Rate-distortion loss with the trade-off of every position's own quality index.
+
+    A position with trade-off lmbda contributes (bpp / lmbda + 255^2 MSE) lmbda^0.5: the optimum of each position is that
+    of bpp + lmbda 255^2 MSE, and the square root keeps the levels' gradients comparable.
+
+    Args:
+        out: the training pass of ``x``, (B, 3, H, W) in [0, 1], under ``q`` (B, 1, h, w).
+        lmbdas: float (num_q,), the trade-off of every quality index.
+    """
+    root = lmbdas[q[:, 0].long()].sqrt()
+    mse = F.avg_pool2d((out.x_hat - x).square().mean(1, keepdim=True), LATENT_STRIDE)[:, 0]
+    bpp = out.bits / LATENT_STRIDE**2
+    return (bpp / root + 255**2 * mse * root).mean()
+
+
+def interpolated_lmbdas(config: CodecConfig) -> Tensor:
+    """Trade-off of every quality index, float (num_q,): log-interpolated between the levels."""
+    logs = torch.tensor(config.lmbdas, dtype=torch.float64).log()[None, None]
+    num_q = (config.num_levels - 1) * Q_STEPS + 1
+    return F.interpolate(logs, size=num_q, mode="linear", align_corners=True)[0, 0].exp().float()

@@ -1,0 +1,170 @@
+"""The entropy model: hyper-analysis h_a, and the integer network from z_hat to the Gaussian parameters of y.
+
+    y (scaled by its gains) -> h_a -> z, rounded            float; runs only in the encoder
+    z_hat, q -> h_s -> hyper                                integers from here on
+    hyper -> means, scale indexes of the first half of y
+    hyper, first half of y_hat -> means, scale indexes of the second half
+
+The halves interleave as a checkerboard whose colour alternates with the channel: element (c, i, j) belongs to the first
+when c + i + j is even. So an element of the second half has four decoded neighbours in its own channel and decoded
+elements of every other channel at its own position (the two-step contexts of He et al. 2021 and Li et al. 2023, combined).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cotam.config import CodecConfig
+from cotam.entropy.tables import NUM_SCALES, SCALE_MAX, SCALE_MIN
+from cotam.models.integer import ACTIVATION_MAX, BIAS_UNIT, IntConv2d
+from cotam.models.layers import pad_to_multiple, round_ste
+
+MEAN_STEPS = 8  # means are integers in units of 1/8 of a quantisation step
+MEAN_MAX = 2**15 - 1
+COARSE_STEPS = 16  # the context sees y_hat twice: fine to +-16 steps, 16 times coarser to +-254
+NUM_SKIPPED_SCALES = 3  # below this index (a deviation of 0.16 steps) an element is 0 and not coded at all
+_LOG_SCALE_STEP = math.log(SCALE_MAX / SCALE_MIN) / (NUM_SCALES - 1)
+
+
+class GaussianParams(NamedTuple):
+    """Integers in float32, each (B, M, h, w): ``means`` in 1/MEAN_STEPS, ``indexes`` of scales in [0, NUM_SCALES)."""
+
+    means: Tensor
+    indexes: Tensor
+
+
+class HyperAnalysis(nn.Module):
+    """``h_a``: gain-scaled ``y`` (B, M, h, w) to ``z`` (B, N_z, ceil(h/4), ceil(w/4)), not rounded."""
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        n = config.N_hyper
+        self.embed = nn.Conv2d(config.M, n, 1)
+        self.layers = nn.Sequential(
+            nn.SiLU(),
+            nn.Conv2d(n, n, 3, padding=1, groups=n),
+            nn.Conv2d(n, n, 1),
+            nn.SiLU(),
+            nn.Conv2d(n, n, 2, stride=2),
+            nn.SiLU(),
+            nn.Conv2d(n, config.N_z, 2, stride=2),
+        )
+        with torch.no_grad():  # torch's default shrinks the signal layer by layer; z has to start a step wide
+            for conv in (self.embed, *self.layers):
+                if isinstance(conv, nn.Conv2d):
+                    conv.weight.mul_(2.2)
+
+    def forward(self, y: Tensor) -> Tensor:
+        # Amplitudes span three decades over channels and qualities; asinh keeps them in a workable range.
+        z: Tensor = 2 * self.layers(self.embed(torch.asinh(pad_to_multiple(y, 4))))
+        return z.clamp(-ACTIVATION_MAX, ACTIVATION_MAX)
+
+
+class HyperSynthesis(nn.Module):
+    """``h_s``: integers ``z_hat`` (B, N_z, hz, wz) and ``q`` (B, 1, 4 hz, 4 wz) to integers (B, N, 4 hz, 4 wz)."""
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        n = config.N_hyper
+        self.up1 = IntConv2d(config.N_z, 4 * 128)
+        with torch.no_grad():  # z_hat is a few steps wide, activations are tens
+            self.up1.weight.mul_(16)
+        self.spatial1 = IntConv2d(128, 128, depthwise=True, low=-ACTIVATION_MAX)
+        self.mix1 = IntConv2d(128, 128)
+        self.up2 = IntConv2d(128, 4 * n)
+        self.spatial2 = IntConv2d(n, n, depthwise=True, low=-ACTIVATION_MAX)
+        self.mix2 = IntConv2d(n, n, quality_bias=True)
+
+    def forward(self, z_hat: Tensor, q: Tensor) -> Tensor:
+        x = self.mix1(self.spatial1(F.pixel_shuffle(self.up1(z_hat), 2)))
+        out: Tensor = self.mix2(self.spatial2(F.pixel_shuffle(self.up2(x), 2)), q)
+        return out
+
+
+class ParameterHead(nn.Module):
+    """Two 1x1 integer layers from features to means and scale indexes of every element."""
+
+    def __init__(self, in_channels: int, hidden: int, num_latent: int) -> None:
+        super().__init__()
+        self.mix = IntConv2d(in_channels, hidden, quality_bias=True)
+        self.means = IntConv2d(hidden, num_latent, low=-MEAN_MAX, high=MEAN_MAX)
+        self.indexes = IntConv2d(hidden, num_latent, low=0, high=NUM_SCALES - 1, quality_bias=True)
+        with torch.no_grad():
+            self.means.weight.mul_(0.1)
+            self.indexes.weight.mul_(0.1)
+
+    def forward(self, x: Tensor, q: Tensor) -> GaussianParams:
+        x = self.mix(x, q)
+        return GaussianParams(self.means(x), self.indexes(x, q))
+
+
+class EntropyParameters(nn.Module):
+    """The integer part of the model: everything between ``z_hat`` and the CDF indexes of ``y``."""
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        n, m = config.N_hyper, config.M
+        self.h_s = HyperSynthesis(config)
+        self.first = ParameterHead(n, n, m)
+        self.context = IntConv2d(2 * m, 2 * m, depthwise=True, low=-ACTIVATION_MAX)
+        self.squeeze = IntConv2d(2 * m, n, low=-ACTIVATION_MAX)
+        self.second = ParameterHead(2 * n, n + n // 2, m)
+
+    def hyper(self, z_hat: Tensor, q: Tensor, height: int, width: int) -> Tensor:
+        """Features of the hyper-latent on the latent grid of ``height`` x ``width``, int (B, N, height, width)."""
+        features: Tensor = self.h_s(z_hat, pad_to_multiple(q, 4) if q.shape[-2:] != (1, 1) else q)
+        return features[..., :height, :width]
+
+    def first_params(self, hyper: Tensor, q: Tensor) -> GaussianParams:
+        """Parameters of the first half of ``y``; entries of the second half are meaningless."""
+        params: GaussianParams = self.first(hyper, q)
+        return params
+
+    @torch.no_grad()
+    def init_scales(self, scale: Tensor, log_gain_per_q: float) -> None:
+        """Start both heads at the channels' own deviations at q = 0, (M,), growing by exp(log_gain_per_q) a step of q."""
+        for head in (self.first, self.second):
+            head.indexes.bias.copy_(index_of_scale(scale) / BIAS_UNIT)
+            head.indexes.gain.fill_(log_gain_per_q / _LOG_SCALE_STEP)
+
+    def second_params(self, hyper: Tensor, y_fixed: Tensor, q: Tensor) -> GaussianParams:
+        """Parameters of the second half, given ``y_fixed`` (B, M, h, w): y_hat in 1/MEAN_STEPS, 0 in the second half."""
+        coarse = round_ste(y_fixed / COARSE_STEPS) if torch.is_grad_enabled() else (y_fixed / COARSE_STEPS).round()
+        both = torch.cat([y_fixed, coarse], dim=1).clamp(-ACTIVATION_MAX, ACTIVATION_MAX)
+        context = self.squeeze(self.context(both))
+        params: GaussianParams = self.second(torch.cat([hyper, context], dim=1), q)
+        return params
+
+
+def first_half(num_channels: int, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+    """Bool (M, h, w): True where c + i + j is even, the elements that are coded first."""
+    c = torch.arange(num_channels, device=device)[:, None, None]
+    i = torch.arange(height, device=device)[:, None]
+    j = torch.arange(width, device=device)
+    return (c + i + j) % 2 == 0
+
+
+def index_of_scale(scale: Tensor) -> Tensor:
+    """Fractional scale index of a standard deviation in quantisation steps, clipped to the tables."""
+    return ((scale / SCALE_MIN).log() / _LOG_SCALE_STEP).clamp(0, NUM_SCALES - 1)
+
+
+def scale_of_index(indexes: Tensor) -> Tensor:
+    """Standard deviation that a (possibly fractional) scale index stands for, in quantisation steps."""
+    return SCALE_MIN * torch.exp(indexes * _LOG_SCALE_STEP)
+
+
+def gaussian_bits(deviation: Tensor, scale: Tensor) -> Tensor:
+    """Bits to code a value at ``deviation`` from the mean of a unit-step discretised Gaussian of deviation ``scale``.
+
+    Ballé et al. 2018, equation 11 for a Gaussian: -log2 of its mass on [deviation - 1/2, deviation + 1/2].
+    """
+    deviation = deviation.abs()
+    upper = torch.special.ndtr((0.5 - deviation) / scale)
+    lower = torch.special.ndtr((-0.5 - deviation) / scale)
+    return -torch.log2((upper - lower).clamp_min(2.0**-20))

@@ -1,0 +1,126 @@
+"""Integer-exact convolutions: the same integers on every machine, in any order of summation.
+
+Activations are integers in [-127, 127] held in float32. A layer is
+
+    acc = conv(x, W_int) + b_int + q * g_int          |acc| < 2^24, so float32 and TF32 sums are exact in any order
+    out = clip(round(acc * 2^e), low, high)           2^e per output channel: multiplying by it is exact, too
+
+with W_int, g_int in [-127, 127] and ``q`` the quality index of the position. Training runs this very forward pass, with
+straight-through gradients to the real-valued parameters behind the integers, so nothing changes at export.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cotam.models.layers import clamp_ste, round_ste
+
+ACTIVATION_MAX = 127
+ACCUMULATOR_BOUND = 2**24
+BIAS_UNIT = 16  # a real bias of 1 is 16 integer steps, so that biases learn at the pace of weights
+MIN_EXPONENT = -10  # keeps integer biases small enough for the accumulator
+MAX_EXPONENT = 8
+
+
+class Integers(NamedTuple):
+    """What a layer computes with: integers as float32, and the output scale 2^e.
+
+    weight: (O, I, k, k) in [-127, 127]; bias: (O,); gain: (O,) in [-127, 127]; scale: (O,) powers of two.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    gain: Tensor
+    scale: Tensor
+
+
+class IntConv2d(nn.Module):
+    """A 1x1 or depthwise 3x3 convolution on integers, with a bias that may depend on the quality index.
+
+    Args:
+        in_channels, out_channels: channel counts.
+        depthwise: 3x3 with one filter a channel (then both counts are equal) instead of 1x1.
+        low, high: output clip; (0, 127) is a ReLU that stays in range, (-127, 127) a linear layer.
+        quality_bias: add ``q`` times a learned integer to every position.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        depthwise: bool = False,
+        low: int = 0,
+        high: int = ACTIVATION_MAX,
+        quality_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        if depthwise and in_channels != out_channels:
+            raise ValueError("a depthwise layer keeps the number of channels")
+        self.depthwise, self.low, self.high, self.quality_bias = depthwise, low, high, quality_bias
+        shape = (out_channels, 1, 3, 3) if depthwise else (out_channels, in_channels, 1, 1)
+        fan_in = 9 if depthwise else in_channels
+        self.weight = nn.Parameter(torch.randn(shape) * (2 / fan_in) ** 0.5 * 0.7)
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.gain = nn.Parameter(torch.zeros(out_channels), requires_grad=quality_bias)
+        self._frozen: Integers | None = None
+
+    def integers(self) -> Integers:
+        """The integers of the current parameters; differentiable by straight-through rounding."""
+        with torch.no_grad():
+            peak = torch.maximum(self.weight.abs().amax(dim=(1, 2, 3)), self.gain.abs())
+            # frexp is exact, so every machine derives the same exponent: peak / 127 = m * 2^e with m in [0.5, 1).
+            exponent = torch.frexp(peak / ACTIVATION_MAX).exponent.clamp(MIN_EXPONENT, MAX_EXPONENT)
+            scale = torch.ldexp(torch.ones_like(peak), exponent)
+        weight = round_ste(self.weight / scale[:, None, None, None])
+        return Integers(weight, round_ste(self.bias * BIAS_UNIT / scale), round_ste(self.gain / scale), scale)
+
+    def freeze(self) -> None:
+        """Fix the integers for inference, after checking that no input can overflow the accumulator.
+
+        Raises:
+            ValueError: the bound sum|W| * 127 + |b| + 127 |g| reaches 2^24 in some channel.
+        """
+        with torch.no_grad():
+            ints = Integers(*(t.detach().clone() for t in self.integers()))
+        bound = ints.weight.abs().sum(dim=(1, 2, 3), dtype=torch.float64) * ACTIVATION_MAX
+        bound += ints.bias.abs() + ints.gain.abs() * ACTIVATION_MAX
+        if not bool((bound < ACCUMULATOR_BOUND).all()):  # NaN fails, too
+            raise ValueError(f"integer layer can overflow: accumulator bound {bound.max():.0f} reaches 2^24")
+        self._frozen = ints
+
+    def frozen_integers(self) -> Integers:
+        """The integers fixed by ``freeze``."""
+        assert self._frozen is not None, "freeze() first"
+        return self._frozen
+
+    def train(self, mode: bool = True) -> IntConv2d:
+        """Training thaws the integers: they follow the parameters again."""
+        if mode:
+            self._frozen = None
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def, override]
+        super()._apply(fn, recurse)
+        if self._frozen is not None:  # follow the module to another device
+            self._frozen = Integers(*(fn(t) for t in self._frozen))
+        return self
+
+    def forward(self, x: Tensor, q: Tensor | None = None) -> Tensor:
+        """(B, I, h, w) integers in float32, ``q`` (B, 1, h, w) or (B, 1, 1, 1), to (B, O, h, w) integers."""
+        ints = self._frozen if self._frozen is not None else self.integers()
+        if self.depthwise:
+            acc = F.conv2d(x, ints.weight, ints.bias, padding=1, groups=x.shape[1])
+        else:
+            acc = F.conv2d(x, ints.weight, ints.bias)
+        if self.quality_bias:
+            assert q is not None
+            acc = acc + q * ints.gain[:, None, None]
+        scaled = acc * ints.scale[:, None, None]
+        if torch.is_grad_enabled():
+            return clamp_ste(round_ste(scaled), self.low, self.high)
+        return scaled.round_().clamp_(self.low, self.high)

@@ -1,0 +1,56 @@
+"""Building blocks of the floating-point transforms and the straight-through helpers of training."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """Round half to even; the gradient passes through unchanged."""
+    return x + (torch.round(x) - x).detach()
+
+
+def clamp_ste(x: Tensor, low: float, high: float) -> Tensor:
+    """Clamp, with the gradient kept where it leads back into the range."""
+    return _ClampSTE.apply(x, low, high)  # type: ignore[no-any-return]  # torch leaves apply() untyped
+
+
+class _ClampSTE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, low: float, high: float) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.save_for_backward(x)
+        ctx.low, ctx.high = low, high
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):  # type: ignore[no-untyped-def, override]
+        (x,) = ctx.saved_tensors
+        (grad,) = grads
+        # A step of gradient descent moves x by -grad: outside the range only inward moves are let through.
+        keep = ((x >= ctx.low) | (grad < 0)) & ((x <= ctx.high) | (grad > 0))
+        return grad * keep, None, None
+
+
+class DepthwiseBlock(nn.Module):
+    """Residual block: depthwise 3x3, gated 1x1 expansion, 1x1 projection; (B, N, H, W) in and out, 3 N^2 + 9 N MACs."""
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        self.spatial = nn.Conv2d(num_channels, num_channels, 3, padding=1, groups=num_channels)
+        self.expand = nn.Conv2d(num_channels, 2 * num_channels, 1)
+        self.project = nn.Conv2d(num_channels, num_channels, 1)
+        with torch.no_grad():  # start near the identity, so that depth does not amplify noise
+            self.project.weight.mul_(0.1)
+            nn.init.zeros_(self.project.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.expand(self.spatial(x)).chunk(2, dim=1)
+        return x + self.project(F.silu(a) * b)
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Replicate the last row and column of (B, C, H, W) until H and W are multiples of ``multiple``."""
+    bottom, right = -x.shape[-2] % multiple, -x.shape[-1] % multiple
+    return F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x

@@ -1,0 +1,94 @@
+"""The analysis and synthesis transforms g_a and g_s: image to latent at 1/16 and back.
+
+                 +--- PixelUnshuffle(16) - 1x1 (KLT) -------------------------------+
+    image - 0.5 -+                                                                  +-> y
+                 +--- PixelUnshuffle(8) - 1x1 - blocks at 1/8 - 2x2 stride 2 - blocks at 1/16 - 1x1 (zero at the start)
+
+``g_s`` mirrors it. The linear path is a Karhunen-Loeve transform of 16x16 blocks fitted to training patches, so training
+starts at a transform coder; the convolutional body learns what a linear block transform cannot do.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cotam.config import CodecConfig
+from cotam.models.layers import DepthwiseBlock
+
+LATENT_STRIDE = 16
+_PATCH_DIM = 3 * LATENT_STRIDE**2
+
+
+class AnalysisTransform(nn.Module):
+    """``g_a``: float RGB (B, 3, H, W) in [0, 1], H and W multiples of 16, to ``y`` (B, M, H/16, W/16)."""
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        n8, n16 = config.N8, config.N16
+        self.linear = nn.Conv2d(_PATCH_DIM, config.M, 1)
+        self.body = nn.Sequential(
+            nn.PixelUnshuffle(8),
+            nn.Conv2d(192, n8, 1),
+            *(DepthwiseBlock(n8) for _ in range(config.num_blocks8)),
+            nn.Conv2d(n8, n16, 2, stride=2),
+            *(DepthwiseBlock(n16) for _ in range(config.num_blocks16)),
+            _zero(nn.Conv2d(n16, config.M, 1)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x - 0.5
+        y: Tensor = self.linear(F.pixel_unshuffle(x, LATENT_STRIDE)) + self.body(x)
+        return y
+
+
+class SynthesisTransform(nn.Module):
+    """``g_s``: ``y_hat`` (B, M, h, w) to float RGB (B, 3, 16 h, 16 w), not clipped."""
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        n8, n16 = config.N8, config.N16
+        self.linear = nn.Conv2d(config.M, _PATCH_DIM, 1)
+        self.body = nn.Sequential(
+            nn.Conv2d(config.M, n16, 1),
+            *(DepthwiseBlock(n16) for _ in range(config.num_blocks16)),
+            nn.Conv2d(n16, 4 * n8, 1),
+            nn.PixelShuffle(2),
+            *(DepthwiseBlock(n8) for _ in range(config.num_blocks8)),
+            _zero(nn.Conv2d(n8, 192, 1)),
+            nn.PixelShuffle(8),
+        )
+
+    def forward(self, y_hat: Tensor) -> Tensor:
+        x: Tensor = F.pixel_shuffle(self.linear(y_hat), LATENT_STRIDE) + self.body(y_hat)
+        return x + 0.5
+
+
+@torch.no_grad()
+def init_klt(g_a: AnalysisTransform, g_s: SynthesisTransform, patches: Tensor) -> Tensor:
+    """Set both linear paths to the KLT of ``patches``.
+
+    Args:
+        g_a, g_s: the transforms to initialise.
+        patches: float (P, 768) pixel-unshuffled 16x16 RGB blocks in [0, 1], P >> 768.
+
+    Returns:
+        Float (M,): standard deviation of each component over the patches, largest first.
+    """
+    centred = patches.double() - 0.5
+    mean = centred.mean(0)
+    eigenvalues, eigenvectors = torch.linalg.eigh(torch.cov((centred - mean).T))
+    num_kept = g_a.linear.out_channels
+    basis = eigenvectors.flip(1)[:, :num_kept].T  # (M, 768), largest energy first
+    g_a.linear.weight.copy_(basis[:, :, None, None])
+    g_a.linear.bias.copy_(-(basis @ mean))  # type: ignore[union-attr]
+    g_s.linear.weight.copy_(basis.T[:, :, None, None])
+    g_s.linear.bias.copy_(mean)  # type: ignore[union-attr]
+    return eigenvalues.flip(0)[:num_kept].clamp_min(0).sqrt().float()
+
+
+def _zero(conv: nn.Conv2d) -> nn.Conv2d:
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+    return conv

@@ -1,0 +1,125 @@
+"""Training crops and quality maps: WebDataset tars in, batches of RGB crops out."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import webdataset as wds
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from cotam.train.config import DataConfig
+
+_IMAGE_MEMBERS = "jpg;jpeg;png;webp"
+_PIXELS_PER_CROP = 2.5  # a large image gives one crop per this many crop areas, so that its decoding pays
+_MAX_CROPS = 8
+
+
+class CropDataset(IterableDataset[Tensor]):
+    """Endless random crops, uint8 (3, crop_px, crop_px), from WebDataset tars; images smaller than a crop are skipped.
+
+    Args:
+        urls: tar paths or URLs with braces, as WebDataset takes them.
+        crop_px: side of the crops.
+        seed: of the shuffling and the crops; each worker and each restart draws differently with a different seed.
+    """
+
+    def __init__(self, urls: str | list[str], crop_px: int, seed: int) -> None:
+        self.urls, self.crop_px, self.seed = urls, crop_px, seed
+
+    def __iter__(self) -> Iterator[Tensor]:
+        info = torch.utils.data.get_worker_info()
+        rng = random.Random(self.seed * 1000 + (info.id if info else 0))
+        crops = self._crops(rng)
+        buffer = [next(crops) for _ in range(64)]
+        for crop in crops:  # a small shuffle buffer parts crops of one image
+            k = rng.randrange(len(buffer))
+            buffer[k], crop = crop, buffer[k]
+            yield crop
+
+    def _crops(self, rng: random.Random) -> Iterator[Tensor]:
+        size = self.crop_px
+        while True:
+            dataset = wds.WebDataset(
+                self.urls,
+                shardshuffle=100,
+                seed=rng.randrange(2**31),
+                nodesplitter=iter,  # every rank and worker reads every tar, in an order of its own
+                workersplitter=iter,
+                empty_check=False,
+            )
+            produced = False
+            for sample in dataset.shuffle(200, rng=rng).to_tuple(_IMAGE_MEMBERS):
+                image = _decode_rgb(sample[0])
+                if image is None or min(image.shape[:2]) < size:
+                    continue
+                area = image.shape[0] * image.shape[1] / size**2
+                for _ in range(max(1, min(_MAX_CROPS, int(area / _PIXELS_PER_CROP)))):
+                    top = rng.randint(0, image.shape[0] - size)
+                    left = rng.randint(0, image.shape[1] - size)
+                    crop = image[top : top + size, left : left + size]
+                    if rng.random() < 0.5:
+                        crop = crop[:, ::-1]
+                    produced = True
+                    yield torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1)))
+            if not produced:
+                raise ValueError(f"no image of at least {size}x{size} pixels in {self.urls}; check data.train")
+
+
+def crop_loader(urls: str | list[str], crop_px: int, batch_size: int, seed: int, num_workers: int) -> Iterator[Tensor]:
+    """Endless batches of crops, uint8 (B, 3, crop_px, crop_px)."""
+    dataset = CropDataset(urls, crop_px, seed)
+    return iter(DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, pin_memory=torch.cuda.is_available()))
+
+
+def random_quality_maps(batch_size: int, height: int, width: int, num_q: int, generator: torch.Generator) -> Tensor:
+    """Quality index maps, float integers (B, 1, h, w): half uniform, the others patchy or a gradient."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator)
+
+    maps = []
+    for _ in range(batch_size):
+        kind = draw(1).item()
+        if kind < 0.5:
+            level = draw(1, 1, 1).expand(1, height, width)
+        elif kind < 0.75:
+            cells = int(torch.randint(2, 5, (1,), generator=generator))
+            level = F.interpolate(draw(1, 1, cells, cells), size=(height, width))[0]
+        else:
+            corners = draw(1, 1, 2, 2)
+            level = F.interpolate(corners, size=(height, width), mode="bilinear", align_corners=True)[0]
+        maps.append((level * num_q).floor().clamp(0, num_q - 1))
+    return torch.stack(maps)
+
+
+def _decode_rgb(data: bytes) -> np.ndarray | None:  # type: ignore[type-arg]
+    """Decode training bytes to uint8 (H, W, 3); None for what cannot be decoded."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError):
+        return None
+
+
+def eval_crops(config: DataConfig) -> Tensor:
+    """The evaluation set: centre crops of the first images of the held-out tars, uint8 (K, 3, S, S)."""
+    size, crops = config.eval_crop_px, []
+    dataset = wds.WebDataset(list(config.evaluation), shardshuffle=False, nodesplitter=iter, empty_check=False)
+    for sample in dataset.to_tuple(_IMAGE_MEMBERS):
+        image = _decode_rgb(sample[0])
+        if image is None or min(image.shape[:2]) < size:
+            continue
+        top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
+        crops.append(torch.from_numpy(image[top : top + size, left : left + size].transpose(2, 0, 1).copy()))
+        if len(crops) == config.num_eval_images:
+            break
+    if not crops:
+        raise ValueError(f"no image of at least {size}x{size} pixels in {config.evaluation}; check data.evaluation")
+    return torch.stack(crops)
