@@ -127,7 +127,8 @@ def _load_state(model: CodecModel, arrays: _Arrays) -> None:
             # The parameters that quantise to exactly these integers, so that training can go on from them.
             scale = np.exp2(arrays[f"{owner}.exponent"].astype(np.float32))
             array = arrays[name].astype(np.float32)
-            array = array * scale.reshape(-1, *([1] * (array.ndim - 1))) / (BIAS_UNIT if leaf == "bias" else 1)
+            unit = {"weight": layers[owner].unit, "bias": BIAS_UNIT, "gain": 1}[leaf]
+            array = array * scale.reshape(-1, *([1] * (array.ndim - 1))) / unit
         elif name == "z_log_scale":
             array = np.log(scales())[arrays["z_indexes"]].astype(np.float32)
         else:

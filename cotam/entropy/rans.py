@@ -1,9 +1,9 @@
 """Interleaved range asymmetric numeral systems (rANS, Duda 2013) over integer CDF tables, in numba.
 
-Each lane has a 32-bit state x in [2^16, 2^32) and moves 16-bit words; symbol k of a segment belongs to lane k mod lanes.
-All lanes share one word stream. The encoder runs backwards and writes the words back to front, so the decoder reads
-states, then words, front to back. A symbol without an entry of its own is the row's escape symbol, followed in the same
-lane by symbol + 2^15 as a raw 16-bit step.
+Each lane has a 32-bit state x in [2^16, 2^32) and moves 16-bit words; symbol k of a segment belongs to lane k mod
+lanes. All lanes share one word stream. The encoder runs backwards and writes the words back to front, so the decoder
+reads states, then words, front to back, all little-endian. A symbol without an entry of its own is the row's escape
+symbol, followed in the same lane by symbol + 2^15 as a raw 16-bit step.
 
 A string is made of segments because a decoder learns the CDF rows of a later segment from an earlier one.
 """
@@ -21,7 +21,8 @@ from cotam.entropy.tables import PRECISION_BITS, Tables
 MAX_LANES_LOG2 = 3
 SYMBOL_MAX = 2**15 - 1
 _LOW = np.uint32(1 << 16)
-_PREFIX_BITS = 10
+_PREFIX_BITS = 9
+_ESCAPE = 2**15  # stands for the escape symbol in a table of symbols, being none itself
 _SYMBOLS_PER_LANE = 8192  # a lane costs 2 bytes: worth it only where there is work for it
 
 Segment = tuple[NDArray[np.int16], NDArray[np.uint8]]
@@ -39,10 +40,21 @@ class RansCoder:
     """
 
     def __init__(self, tables: Tables) -> None:
-        self.cdf = np.ascontiguousarray(tables.cdf, dtype=np.uint32)
-        self.start = np.ascontiguousarray(tables.start, dtype=np.int32)
-        self.radius = np.ascontiguousarray(tables.radius, dtype=np.int32)
-        self.prefix = _prefix_table(self.cdf, self.start)
+        cdf, start = tables.cdf.astype(np.uint64), tables.start.astype(np.int64)
+        frequency = np.diff(cdf, append=np.uint64(0))
+        frequency[start[1:] - 1] = 1  # where a row ends there is no symbol
+        symbols = [np.append(np.arange(-r, r + 1), [_ESCAPE, 0]) for r in tables.radius]
+        # One load a symbol: cumulative frequency in bits 0-15, frequency in 16-31, the symbol from bit 32 on.
+        self.entries = (
+            (cdf & np.uint64(0xFFFF))
+            | (frequency << np.uint64(16))
+            | (np.concatenate(symbols).astype(np.uint32).astype(np.uint64) << np.uint64(32))
+        )
+        # x // f = x * inverse >> 48 for x < 2^16 f, which every x is that has room for a symbol of frequency f.
+        self.inverse = np.uint64(1 << 48) // frequency + np.uint64(1)
+        self.centre = tables.start[:-1].astype(np.int32) + tables.radius.astype(np.int32)
+        self.radius = tables.radius.astype(np.int32)
+        self.prefix = _prefix_table(tables)
 
     def encode(self, segments: Sequence[Segment], lanes_log2: int | None = None) -> tuple[bytes, int]:
         """Encode segments of symbols, each in [-32767, 32767], with their CDF rows.
@@ -54,13 +66,15 @@ class RansCoder:
         Returns:
             The string, and log2 of its number of lanes.
         """
-        symbols = np.concatenate([s for s, _ in segments])
-        rows = np.concatenate([r for _, r in segments])
+        num_symbols = sum(len(symbols) for symbols, _ in segments)
         if lanes_log2 is None:
-            lanes_log2 = min(MAX_LANES_LOG2, max(0, (len(symbols) // _SYMBOLS_PER_LANE)).bit_length())
-        ends = np.cumsum([len(s) for s, _ in segments])
-        words = _encode(symbols, rows, ends, self.cdf, self.start, self.radius, 1 << lanes_log2)
-        return words.tobytes(), lanes_log2
+            lanes_log2 = min(MAX_LANES_LOG2, (num_symbols // _SYMBOLS_PER_LANE).bit_length())
+        states = np.full(1 << lanes_log2, _LOW, dtype=np.uint32)
+        words = np.empty(2 * num_symbols + 1, dtype=np.uint16)  # an escape may move two words
+        at = len(words)
+        for symbols, rows in reversed(segments):
+            at = _encode(symbols, rows, words, at, states, self.entries, self.inverse, self.centre, self.radius)
+        return states.astype("<u4").tobytes() + words[at:].astype("<u2").tobytes(), lanes_log2
 
     def decoder(self, string: bytes | memoryview, lanes_log2: int) -> RansDecoder:
         """Start decoding ``string``. Raises RansError when it cannot hold the lanes' states."""
@@ -74,104 +88,100 @@ class RansDecoder:
         if len(string) % 2 or len(string) < 4 << lanes_log2:
             raise RansError("entropy-coded substream has an impossible length")
         self._coder = coder
-        self._words = np.frombuffer(string, dtype="<u2")
-        lanes = 1 << lanes_log2
-        head = self._words[: 2 * lanes].astype(np.uint32).reshape(lanes, 2)
-        self._states = head[:, 0] | (head[:, 1] << np.uint32(16))
-        self._position = 2 * lanes
+        self._states = np.frombuffer(string, dtype="<u4", count=1 << lanes_log2).astype(np.uint32)
+        words = np.frombuffer(string, dtype="<u2", offset=4 << lanes_log2).astype(np.uint16)
+        self._num_words = len(words)
+        self._words = np.append(words, np.zeros(2, dtype=np.uint16))  # _decode looks up to two words ahead
+        self._position = 0
         if (self._states < _LOW).any():
             raise RansError("entropy-coded substream starts with an impossible state")
 
     def decode(self, rows: NDArray[np.uint8]) -> NDArray[np.int16]:
         """The next segment's symbols, int16 (n,), for CDF rows uint8 (n,). Raises RansError at the string's end."""
-        c = self._coder
         symbols = np.empty(len(rows), dtype=np.int16)
         self._position = _decode(
-            self._words, self._position, self._states, rows, c.cdf, c.start, c.radius, c.prefix, symbols
+            self._words, self._position, self._states, rows, self._coder.entries, self._coder.prefix, symbols
         )
-        if self._position < 0:
+        if self._position > self._num_words:
             raise RansError("entropy-coded substream ends too early")
         return symbols
 
     def finish(self) -> None:
         """Check that the string is used up and every lane is back at its start. Raises RansError otherwise."""
-        if self._position != len(self._words) or (self._states != _LOW).any():
+        if self._position != self._num_words or (self._states != _LOW).any():
             raise RansError("entropy-coded substream does not end where its symbols do")
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _encode(symbols, rows, ends, cdf, start, radius, lanes):  # type: ignore[no-untyped-def]
-    num_escapes = 0
-    for i in range(len(symbols)):
-        r = radius[rows[i]]
-        num_escapes += (symbols[i] > r) | (symbols[i] < -r)
-    words = np.empty(len(symbols) + num_escapes + 2 * lanes, dtype=np.uint16)
-    states = np.full(lanes, np.uint32(65536), dtype=np.uint32)
-    at = len(words)
-    for segment in range(len(ends) - 1, -1, -1):
-        first = ends[segment - 1] if segment else 0
-        for i in range(ends[segment] - 1, first - 1, -1):
-            lane = (i - first) & (lanes - 1)
-            row = rows[i]
-            r = radius[row]
-            symbol = np.int32(symbols[i])
-            x = states[lane]
-            k = start[row] + symbol + r
-            if symbol > r or symbol < -r:
-                k = start[row] + 2 * r + 1
-                at -= 1
-                words[at] = x & np.uint32(0xFFFF)
-                x = (x & np.uint32(0xFFFF0000)) | np.uint32(symbol + 32768)
-            low = cdf[k]
-            frequency = cdf[k + 1] - low
-            if (x >> np.uint32(16)) >= frequency:
-                at -= 1
-                words[at] = x & np.uint32(0xFFFF)
-                x >>= np.uint32(16)
-            quotient = x // frequency
-            states[lane] = (quotient << np.uint32(16)) + (x - quotient * frequency) + low
-    for lane in range(lanes - 1, -1, -1):
-        at -= 2
-        words[at] = states[lane] & np.uint32(0xFFFF)
-        words[at + 1] = states[lane] >> np.uint32(16)
-    return words[at:]
+# The kernels work in unsigned integers throughout: signed indexes cost numba a test for negative ones each, and uint64
+# mixed with int64 becomes float64. Moving a word is branch-free, because no predictor guesses when one is due.
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _decode(words, at, states, rows, cdf, start, radius, prefix, symbols):  # type: ignore[no-untyped-def]
-    lanes = len(states)
-    num_words = len(words)
-    for i in range(len(rows)):
-        lane = i & (lanes - 1)
+def _encode(symbols, rows, words, at, states, entries, inverse, centre, radius):  # type: ignore[no-untyped-def]
+    """Push one segment, last symbol first; words grow down from ``at``. Returns where they begin now."""
+    last_lane = np.uint64(len(states) - 1)
+    for back in range(len(symbols)):
+        i = np.uint64(len(symbols) - 1 - back)
         row = rows[i]
-        x = states[lane]
+        symbol = np.int64(symbols[i])
+        x = states[i & last_lane]
+        k = np.uint64(centre[row] + symbol)
+        if abs(symbol) > radius[row]:
+            k = np.uint64(centre[row] + radius[row] + 1)
+            at -= 1
+            words[np.uint64(at)] = x
+            x = (x & np.uint32(0xFFFF0000)) | np.uint32(symbol + 32768)
+        entry = np.uint32(entries[k])
+        full = x >= (entry & np.uint32(0xFFFF0000))
+        words[np.uint64(at - 1)] = x
+        at -= full
+        x >>= np.uint32(full) << np.uint32(4)
+        quotient = np.uint32((np.uint64(x) * inverse[k]) >> np.uint64(48))
+        remainder = x - quotient * (entry >> np.uint32(16))
+        states[i & last_lane] = (quotient << np.uint32(16)) + remainder + (entry & np.uint32(0xFFFF))
+    return at
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _decode(words, at, states, rows, entries, prefix, symbols):  # type: ignore[no-untyped-def]
+    """Pop one segment. Returns the position after its words: past the last word if there were not enough."""
+    num_words = len(words) - 2
+    last_lane = np.uint64(len(states) - 1)
+    for forth in range(len(rows)):
+        i = np.uint64(forth)
+        x = states[i & last_lane]
         slot = x & np.uint32(0xFFFF)
-        base = start[row]
-        k = base + np.int32(prefix[row, slot >> np.uint32(PRECISION_BITS - _PREFIX_BITS)])
-        while cdf[k + 1] <= slot:
-            k += 1
-        low = cdf[k]
-        x = (cdf[k + 1] - low) * (x >> np.uint32(16)) + slot - low
-        if x < _LOW:
-            if at >= num_words:
-                return -1
-            x = (x << np.uint32(16)) | np.uint32(words[at])
-            at += 1
-        r = radius[row]
-        symbol = k - base - r
-        if symbol > r:
+        k = np.uint64(prefix[rows[i], slot >> np.uint32(PRECISION_BITS - _PREFIX_BITS)])
+        entry = entries[k]
+        offset = slot - np.uint32(entry & np.uint64(0xFFFF))
+        frequency = np.uint32(entry) >> np.uint32(16)
+        while offset >= frequency:
+            k += np.uint64(1)
+            entry = entries[k]
+            offset = slot - np.uint32(entry & np.uint64(0xFFFF))
+            frequency = np.uint32(entry) >> np.uint32(16)
+        x = np.uint32(frequency * (x >> np.uint32(16)) + offset)
+        word = np.uint32(words[np.uint64(at)])
+        empty = x < _LOW
+        at += empty
+        x = (x << np.uint32(16)) | word if empty else x
+        symbol = np.int32(entry >> np.uint64(32))
+        if symbol == _ESCAPE:
             symbol = np.int32(x & np.uint32(0xFFFF)) - 32768
-            if at >= num_words:
-                return -1
-            x = (x & np.uint32(0xFFFF0000)) | np.uint32(words[at])
+            x = (x & np.uint32(0xFFFF0000)) | np.uint32(words[np.uint64(at)])
             at += 1
-        states[lane] = x
+        if at > num_words:
+            break
+        states[i & last_lane] = x
         symbols[i] = symbol
     return at
 
 
-def _prefix_table(cdf: NDArray[np.uint32], start: NDArray[np.int32]) -> NDArray[np.uint16]:
-    """For each row and leading bits of a slot, the first symbol that the slot can be: uint16 (rows, 2^_PREFIX_BITS)."""
+def _prefix_table(tables: Tables) -> NDArray[np.uint32]:
+    """The first entry that a slot with these leading bits can belong to: uint32 (rows, 2^_PREFIX_BITS)."""
     slots = np.arange(1 << _PREFIX_BITS, dtype=np.uint32) << np.uint32(PRECISION_BITS - _PREFIX_BITS)
-    rows = [np.searchsorted(cdf[a:b], slots, side="right") - 1 for a, b in zip(start[:-1], start[1:], strict=True)]
-    return np.stack(rows).astype(np.uint16)
+    rows = [
+        a + np.searchsorted(tables.cdf[a:b], slots, side="right") - 1
+        for a, b in zip(tables.start[:-1], tables.start[1:], strict=True)
+    ]
+    return np.stack(rows).astype(np.uint32)

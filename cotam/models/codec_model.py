@@ -189,10 +189,10 @@ class CodecModel(nn.Module):
 
     @torch.inference_mode()
     def reconstruct(self, y_fixed: Tensor, q: Tensor) -> Tensor:
-        """Images (B, 3, 16 h, 16 w) in [0, 1] from ``y_fixed`` (B, M, h, w)."""
+        """Images, uint8 (B, 3, 16 h, 16 w), from ``y_fixed`` (B, M, h, w)."""
         y_hat = y_fixed / MEAN_STEPS * self.gains(q)[1]
-        x_hat: Tensor = self.g_s(y_hat).float().clamp_(0, 1)
-        return x_hat
+        x_hat: Tensor = self.g_s(y_hat).float()
+        return x_hat.mul_(255).round_().clamp_(0, 255).to(torch.uint8)
 
     @staticmethod
     def y_fixed(symbols: Tensor, params: GaussianParams) -> Tensor:

@@ -44,7 +44,7 @@ class HyperAnalysis(nn.Module):
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
         n = config.N_hyper
-        self.embed = nn.Conv2d(config.M, n, 1)
+        self.embed = nn.Conv2d(2 * config.M, n, 1)
         self.layers = nn.Sequential(
             nn.SiLU(),
             nn.Conv2d(n, n, 3, padding=1, groups=n),
@@ -61,7 +61,8 @@ class HyperAnalysis(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         # Amplitudes span three decades over channels and qualities; asinh keeps them in a workable range.
-        z: Tensor = 2 * self.layers(self.embed(torch.asinh(pad_to_multiple(y, 4))))
+        y = torch.asinh(pad_to_multiple(y, 4))
+        z: Tensor = 2 * self.layers(self.embed(torch.cat([y, y.abs()], dim=1)))  # means need signs, scales magnitudes
         return z.clamp(-ACTIVATION_MAX, ACTIVATION_MAX)
 
 
@@ -71,9 +72,7 @@ class HyperSynthesis(nn.Module):
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
         n = config.N_hyper
-        self.up1 = IntConv2d(config.N_z, 4 * 128)
-        with torch.no_grad():  # z_hat is a few steps wide, activations are tens
-            self.up1.weight.mul_(16)
+        self.up1 = IntConv2d(config.N_z, 4 * 128, unit=16)  # z_hat is a few steps wide, activations are tens
         self.spatial1 = IntConv2d(128, 128, depthwise=True, low=-ACTIVATION_MAX)
         self.mix1 = IntConv2d(128, 128)
         self.up2 = IntConv2d(128, 4 * n)
@@ -87,19 +86,20 @@ class HyperSynthesis(nn.Module):
 
 
 class ParameterHead(nn.Module):
-    """Two 1x1 integer layers from features to means and scale indexes of every element."""
+    """From features to means and scale indexes of every element: a hidden integer layer, with a linear way past it."""
 
     def __init__(self, in_channels: int, hidden: int, num_latent: int) -> None:
         super().__init__()
         self.mix = IntConv2d(in_channels, hidden, quality_bias=True)
-        self.means = IntConv2d(hidden, num_latent, low=-MEAN_MAX, high=MEAN_MAX)
-        self.indexes = IntConv2d(hidden, num_latent, low=0, high=NUM_SCALES - 1, quality_bias=True)
+        width = hidden + in_channels
+        self.means = IntConv2d(width, num_latent, low=-MEAN_MAX, high=MEAN_MAX, unit=16)
+        self.indexes = IntConv2d(width, num_latent, low=0, high=NUM_SCALES - 1, quality_bias=True, unit=4)
         with torch.no_grad():
-            self.means.weight.mul_(0.1)
-            self.indexes.weight.mul_(0.1)
+            self.means.weight.mul_(0.01)
+            self.indexes.weight.mul_(0.03)
 
     def forward(self, x: Tensor, q: Tensor) -> GaussianParams:
-        x = self.mix(x, q)
+        x = torch.cat([x, self.mix(x, q)], dim=1)
         return GaussianParams(self.means(x), self.indexes(x, q))
 
 
@@ -111,8 +111,8 @@ class EntropyParameters(nn.Module):
         n, m = config.N_hyper, config.M
         self.h_s = HyperSynthesis(config)
         self.first = ParameterHead(n, n, m)
-        self.context = IntConv2d(2 * m, 2 * m, depthwise=True, low=-ACTIVATION_MAX)
-        self.squeeze = IntConv2d(2 * m, n, low=-ACTIVATION_MAX)
+        self.context = IntConv2d(3 * m, 3 * m, depthwise=True, low=-ACTIVATION_MAX)
+        self.squeeze = IntConv2d(3 * m, n, low=-ACTIVATION_MAX)
         self.second = ParameterHead(2 * n, n + n // 2, m)
 
     def hyper(self, z_hat: Tensor, q: Tensor, height: int, width: int) -> Tensor:
@@ -135,8 +135,9 @@ class EntropyParameters(nn.Module):
     def second_params(self, hyper: Tensor, y_fixed: Tensor, q: Tensor) -> GaussianParams:
         """Parameters of the second half, given ``y_fixed`` (B, M, h, w): y_hat in 1/MEAN_STEPS, 0 in the second half."""
         coarse = round_ste(y_fixed / COARSE_STEPS) if torch.is_grad_enabled() else (y_fixed / COARSE_STEPS).round()
-        both = torch.cat([y_fixed, coarse], dim=1).clamp(-ACTIVATION_MAX, ACTIVATION_MAX)
-        context = self.squeeze(self.context(both))
+        # Signs and magnitudes: means follow the one, scales the other.
+        views = torch.cat([y_fixed, coarse, y_fixed.abs()], dim=1).clamp(-ACTIVATION_MAX, ACTIVATION_MAX)
+        context = self.squeeze(self.context(views))
         params: GaussianParams = self.second(torch.cat([hyper, context], dim=1), q)
         return params
 

@@ -46,6 +46,7 @@ class IntConv2d(nn.Module):
         depthwise: 3x3 with one filter a channel (then both counts are equal) instead of 1x1.
         low, high: output clip; (0, 127) is a ReLU that stays in range, (-127, 127) a linear layer.
         quality_bias: add ``q`` times a learned integer to every position.
+        unit: the parameter behind a weight of ``unit`` is 1: how far apart input and output scales are.
     """
 
     def __init__(
@@ -57,11 +58,12 @@ class IntConv2d(nn.Module):
         low: int = 0,
         high: int = ACTIVATION_MAX,
         quality_bias: bool = False,
+        unit: float = 1.0,
     ) -> None:
         super().__init__()
         if depthwise and in_channels != out_channels:
             raise ValueError("a depthwise layer keeps the number of channels")
-        self.depthwise, self.low, self.high, self.quality_bias = depthwise, low, high, quality_bias
+        self.depthwise, self.low, self.high, self.quality_bias, self.unit = depthwise, low, high, quality_bias, unit
         shape = (out_channels, 1, 3, 3) if depthwise else (out_channels, in_channels, 1, 1)
         fan_in = 9 if depthwise else in_channels
         self.weight = nn.Parameter(torch.randn(shape) * (2 / fan_in) ** 0.5 * 0.7)
@@ -72,11 +74,12 @@ class IntConv2d(nn.Module):
     def integers(self) -> Integers:
         """The integers of the current parameters; differentiable by straight-through rounding."""
         with torch.no_grad():
-            peak = torch.maximum(self.weight.abs().amax(dim=(1, 2, 3)), self.gain.abs())
-            # frexp is exact, so every machine derives the same exponent: peak / 127 = m * 2^e with m in [0.5, 1).
-            exponent = torch.frexp(peak / ACTIVATION_MAX).exponent.clamp(MIN_EXPONENT, MAX_EXPONENT)
+            peak = torch.maximum(self.weight.abs().amax(dim=(1, 2, 3)) * self.unit, self.gain.abs())
+            # frexp is exact, so every machine derives the same e: peak / 127.5 = m * 2^e with m in [0.5, 1). Then the
+            # largest integer is in [64, 127], and quantising the integers times 2^e once more gives the same integers.
+            exponent = torch.frexp(peak / (ACTIVATION_MAX + 0.5)).exponent.clamp(MIN_EXPONENT, MAX_EXPONENT)
             scale = torch.ldexp(torch.ones_like(peak), exponent)
-        weight = round_ste(self.weight / scale[:, None, None, None])
+        weight = round_ste(self.weight * self.unit / scale[:, None, None, None])
         return Integers(weight, round_ste(self.bias * BIAS_UNIT / scale), round_ste(self.gain / scale), scale)
 
     def freeze(self) -> None:

@@ -1,0 +1,338 @@
+"""The facade: images to byte strings and back, one at a time or in batches of mixed sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cotam.bitstream import MODEL_ID_BYTES, Bitstream, BitstreamError, ModelMismatchError, pack, unpack
+from cotam.entropy.halves import gather_half, scatter_half
+from cotam.entropy.quality_map import decode_quality_map, encode_quality_map
+from cotam.entropy.rans import RansCoder, RansDecoder, RansError
+from cotam.image import MAX_PIXELS, RGBImage, check_rgb
+from cotam.models.codec_model import HYPER_STRIDE, Q_STEPS, CodecModel
+from cotam.models.entropy_model import NUM_SKIPPED_SCALES, first_half
+from cotam.models.transforms import LATENT_STRIDE
+from cotam.weights import LoadedCodec, parse_codec, read_weights
+
+A = TypeVar("A")
+B = TypeVar("B")
+K = TypeVar("K")
+QualityIndex = int | NDArray[np.uint8]
+
+
+class CompressedImage(NamedTuple):
+    """One image between the network and the entropy coder.
+
+    width, height: of the image, in pixels. quality_index: int, or uint8 (h, w) for a map. z: int16 (N_z, hz, wz).
+    symbols, rows: int16 and uint8 (M, h, w), y relative to its means and the CDF rows of its elements.
+    """
+
+    width: int
+    height: int
+    quality_index: QualityIndex
+    z: NDArray[np.int16]
+    symbols: NDArray[np.int16]
+    rows: NDArray[np.uint8]
+
+
+class DecompressedImage(NamedTuple):
+    """One image between the entropy decoder and the synthesis: ``y_fixed`` (M, h, w), integers in float32, in 1/MEAN_STEPS."""
+
+    width: int
+    height: int
+    quality_index: QualityIndex
+    y_fixed: Tensor
+
+
+class Codec:
+    """Encodes and decodes images with one model. Thread-safe: nothing changes after loading.
+
+    Args:
+        loaded: the model with its tables and identity.
+        device: where the networks run; entropy coding always runs on the CPU.
+        max_pixels: larger images are refused, in encoding and in decoding.
+    """
+
+    def __init__(self, loaded: LoadedCodec, device: str = "cpu", max_pixels: int = MAX_PIXELS) -> None:
+        self.device = torch.device(device)
+        self.model: CodecModel = loaded.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.sha256 = loaded.sha256
+        self.model_id = bytes.fromhex(loaded.sha256)[:MODEL_ID_BYTES]
+        self.max_pixels = max_pixels
+        self._coder = RansCoder(loaded.tables)
+        self._z_indexes = loaded.model.z_indexes().cpu().numpy().astype(np.uint8)
+
+    @classmethod
+    def load(cls, name_or_path_or_uri: str = "cotam-base", device: str = "cpu", max_pixels: int = MAX_PIXELS) -> Codec:
+        """Load packaged weights by name, or a codec file from a path or fsspec URI.
+
+        Raises:
+            FileNotFoundError: no such name or file.
+            ValueError: not a codec file, damaged, or of another format version.
+        """
+        return cls(parse_codec(read_weights(name_or_path_or_uri), name_or_path_or_uri), device, max_pixels)
+
+    def encode(
+        self,
+        image: RGBImage,
+        quality: float = 4.0,
+        importance: NDArray[np.floating] | None = None,  # type: ignore[type-arg]
+        strength: float = 2.0,
+    ) -> bytes:
+        """Encode one image.
+
+        Args:
+            image: uint8 RGB (H, W, 3).
+            quality: level in [1, L] (8 for cotam-base), fractions allowed to a quarter.
+            importance: float map in [0, 1] of any size, resized to the latent grid; None for a uniform quality.
+            strength: how many levels an importance of 1 lies above one of 0.
+
+        Raises:
+            ValueError: not an RGB image, over ``max_pixels``, a quality or importance out of range.
+        """
+        return self.encode_batch([image], quality, None if importance is None else [importance], strength)[0]
+
+    def decode(self, data: bytes) -> RGBImage:
+        """Decode one byte string to uint8 RGB (H, W, 3).
+
+        Raises:
+            BitstreamError: not a whole, unaltered bitstream.
+            ModelMismatchError: a bitstream of another model.
+        """
+        return self.decode_batch([data])[0]
+
+    def encode_batch(
+        self,
+        images: Sequence[RGBImage],
+        quality: float = 4.0,
+        importances: Sequence[NDArray[np.floating] | None] | None = None,  # type: ignore[type-arg]
+        strength: float = 2.0,
+        executor: Executor | None = None,
+    ) -> list[bytes]:
+        """Encode images of mixed sizes; as ``encode``, in the order of ``images``.
+
+        ``executor`` (threads) runs the entropy coding of different images at the same time.
+        """
+        maps = importances if importances is not None else [None] * len(images)
+        if len(maps) != len(images):
+            raise ValueError(f"{len(images)} images, but {len(maps)} importance maps")
+        quality_indexes = [
+            self.quality_index(quality, image, importance, strength)
+            for image, importance in zip(images, maps, strict=True)
+        ]
+        return _map(executor, self.pack, self.compress(images, quality_indexes))
+
+    def decode_batch(self, strings: Sequence[bytes], executor: Executor | None = None) -> list[RGBImage]:
+        """Decode byte strings of images of mixed sizes; as ``decode``, in the order of ``strings``."""
+        return self.reconstruct(self.decompress(strings, executor))
+
+    def quality_index(
+        self,
+        quality: float,
+        image: RGBImage,
+        importance: NDArray[np.floating] | None,  # type: ignore[type-arg]
+        strength: float,
+    ) -> QualityIndex:
+        """The quality index of a uniform ``quality``, or the map of an importance map: uint8 on the latent grid.
+
+        quality_map = round and clip of quality + strength * (importance - its mean). Arguments and errors as ``encode``.
+        """
+        check_rgb(image)
+        num_levels = self.model.config.num_levels
+        if not 1 <= quality <= num_levels:
+            raise ValueError(f"quality {quality} is outside [1, {num_levels}]")
+        if importance is None or strength == 0:
+            return round((quality - 1) * Q_STEPS)
+        values = torch.as_tensor(np.asarray(importance, dtype=np.float32))
+        if values.ndim != 2 or not bool(((values >= 0) & (values <= 1)).all()):
+            raise ValueError("importance must be a 2-D map of values in [0, 1]")
+        size = (-(-image.shape[0] // LATENT_STRIDE), -(-image.shape[1] // LATENT_STRIDE))
+        if values.shape != size:
+            values = F.interpolate(values[None, None], size=size, mode="bilinear", antialias=True)[0, 0]
+        levels = quality - 1 + strength * (values - values.mean())
+        indexes = (levels * Q_STEPS).round().clamp(0, self.model.num_q - 1).numpy().astype(np.uint8)
+        return int(indexes.flat[0]) if (indexes == indexes.flat[0]).all() else indexes
+
+    def mean_quality(self, quality_index: QualityIndex) -> float:
+        """The mean quality level of an image."""
+        return 1 + float(np.mean(quality_index)) / Q_STEPS
+
+    def compress(self, images: Sequence[RGBImage], quality_indexes: Sequence[QualityIndex]) -> list[CompressedImage]:
+        """The device stage of encoding: the networks, in batches of images of one latent size. Errors as ``encode``."""
+        for image in images:
+            check_rgb(image)
+            if image.shape[0] * image.shape[1] > self.max_pixels:
+                raise ValueError(f"image of {image.shape[1]}x{image.shape[0]} pixels, over the limit of {self.max_pixels}")
+        keys = [
+            (-(-i.shape[0] // LATENT_STRIDE), -(-i.shape[1] // LATENT_STRIDE), isinstance(q, int))
+            for i, q in zip(images, quality_indexes, strict=True)
+        ]
+        return _in_groups(
+            keys, self._group_size, lambda at: self._compress_group([images[i] for i in at], [quality_indexes[i] for i in at])
+        )
+
+    def pack(self, compressed: CompressedImage) -> bytes:
+        """The CPU stage of encoding: entropy coding and the container."""
+        q = compressed.quality_index
+        is_map = not isinstance(q, int)
+        _, h, w = compressed.symbols.shape
+        segments = [
+            (compressed.z.ravel(), self._z_rows(q, h, w)),
+            gather_half(compressed.symbols, compressed.rows, 0, NUM_SKIPPED_SCALES),
+            gather_half(compressed.symbols, compressed.rows, 1, NUM_SKIPPED_SCALES),
+        ]
+        latent_string, lanes_log2 = self._coder.encode(segments)
+        map_string = encode_quality_map(q, self._coder) if is_map else b""
+        return pack(
+            Bitstream(
+                self.model_id, compressed.width, compressed.height, 0 if is_map else int(q), lanes_log2,
+                map_string, latent_string,
+            )
+        )  # fmt: skip
+
+    def decompress(self, strings: Sequence[bytes], executor: Executor | None = None) -> list[DecompressedImage]:
+        """Entropy decoding and the integer network, in batches of one latent size. Errors as ``decode``."""
+        streams = [self._unpack(s) for s in strings]
+        quality = [self._read_quality(s) for s in streams]
+        keys = [(*_latent_size(s), isinstance(q, int)) for s, q in zip(streams, quality, strict=True)]
+        return _in_groups(
+            keys,
+            self._group_size,
+            lambda at: self._decompress_group([streams[i] for i in at], [quality[i] for i in at], executor),
+        )
+
+    def reconstruct(self, images: Sequence[DecompressedImage]) -> list[RGBImage]:
+        """The device stage of decoding: the synthesis, in batches of one latent size."""
+        keys = [(*i.y_fixed.shape[1:], isinstance(i.quality_index, int)) for i in images]
+        return _in_groups(keys, self._group_size, lambda at: self._reconstruct_group([images[i] for i in at]))
+
+    @property
+    def _group_size(self) -> int:
+        # On a CPU, batching gains nothing, and one image at a time computes the same sums whatever the batch.
+        return 1 if self.device.type == "cpu" else 16
+
+    def _compress_group(self, images: list[RGBImage], quality: list[QualityIndex]) -> list[CompressedImage]:
+        padded = [np.pad(i, ((0, -i.shape[0] % LATENT_STRIDE), (0, -i.shape[1] % LATENT_STRIDE), (0, 0)), "edge") for i in images]
+        x = torch.from_numpy(np.stack(padded)).to(self.device).permute(0, 3, 1, 2).float().div_(255)
+        latents = self.model.compress(x, self._q(quality))
+        z = _to_numpy(latents.z, torch.int16)
+        symbols = _to_numpy(latents.symbols, torch.int16)
+        rows = _to_numpy(latents.indexes, torch.uint8)
+        return [
+            CompressedImage(image.shape[1], image.shape[0], quality[k], z[k], symbols[k], rows[k])
+            for k, image in enumerate(images)
+        ]
+
+    def _decompress_group(
+        self, streams: list[Bitstream], quality: list[QualityIndex], executor: Executor | None
+    ) -> list[DecompressedImage]:
+        h, w = _latent_size(streams[0])
+        hz, wz = -(-h // HYPER_STRIDE), -(-w // HYPER_STRIDE)
+        config = self.model.config
+        q = self._q(quality)
+        try:
+            decoders = [self._coder.decoder(s.latent_string, s.lanes_log2) for s in streams]
+            z = np.stack([d.decode(self._z_rows(k, h, w)) for d, k in zip(decoders, quality, strict=True)])
+            z_hat = torch.from_numpy(z.reshape(len(streams), config.N_z, hz, wz)).to(self.device).float()
+            if bool((z_hat.abs() > 127).any()):
+                raise RansError("hyper-latent out of range")
+            hyper, first = self.model.decompress_first(z_hat, q, h, w)
+            y_first = self._decode_half(decoders, first.indexes, 0, executor)
+            y_first = self._half(0, h, w) * self.model.y_fixed(y_first, first)
+            second = self.model.decompress_second(hyper, y_first, q)
+            y_second = self._decode_half(decoders, second.indexes, 1, executor)
+            y_fixed = y_first + self._half(1, h, w) * self.model.y_fixed(y_second, second)
+            for decoder in decoders:
+                decoder.finish()
+        except RansError as error:
+            raise BitstreamError(f"bitstream cannot be decoded: {error}") from None
+        return [
+            DecompressedImage(s.width, s.height, k, y)
+            for s, k, y in zip(streams, quality, y_fixed, strict=True)
+        ]  # fmt: skip
+
+    def _decode_half(
+        self, decoders: list[RansDecoder], indexes: Tensor, half: int, executor: Executor | None
+    ) -> Tensor:
+        rows = _to_numpy(indexes, torch.uint8)
+
+        def decode(k: int) -> NDArray[np.int16]:
+            _, coded_rows = gather_half(None, rows[k], half, NUM_SKIPPED_SCALES)
+            return scatter_half(decoders[k].decode(coded_rows), rows[k], half, NUM_SKIPPED_SCALES)
+
+        symbols = np.stack(_map(executor, decode, range(len(decoders))))
+        return torch.from_numpy(symbols).to(self.device).float()
+
+    def _half(self, half: int, h: int, w: int) -> Tensor:
+        mask = first_half(self.model.config.M, h, w, self.device)
+        return (mask if half == 0 else ~mask).float()
+
+    def _reconstruct_group(self, images: list[DecompressedImage]) -> list[RGBImage]:
+        y_fixed = torch.stack([i.y_fixed for i in images]).contiguous(memory_format=torch.channels_last)
+        x_hat = self.model.reconstruct(y_fixed, self._q([i.quality_index for i in images]))
+        pixels = x_hat.permute(0, 2, 3, 1).cpu().numpy()
+        return [np.ascontiguousarray(p[: i.height, : i.width]) for p, i in zip(pixels, images, strict=True)]
+
+    def _unpack(self, data: bytes) -> Bitstream:
+        stream = unpack(data, self.max_pixels)
+        if stream.model_id != self.model_id:
+            raise ModelMismatchError(
+                f"bitstream was written by model {stream.model_id.hex()}, this codec is model {self.model_id.hex()}"
+            )
+        return stream
+
+    def _read_quality(self, stream: Bitstream) -> QualityIndex:
+        num_q = self.model.num_q
+        if stream.map_string:
+            try:
+                return decode_quality_map(stream.map_string, *_latent_size(stream), num_q, self._coder)
+            except RansError as error:
+                raise BitstreamError(f"bitstream's quality map cannot be decoded: {error}") from None
+        if stream.quality_index >= num_q:
+            raise BitstreamError(f"bitstream has quality index {stream.quality_index}, the model has {num_q}")
+        return stream.quality_index
+
+    def _q(self, quality: list[QualityIndex]) -> Tensor:
+        """Quality index maps of a group as float32: (B, 1, 1, 1) for uniform ones, else (B, 1, h, w)."""
+        maps = [np.full((1, 1), q) if isinstance(q, int) else q for q in quality]
+        return torch.from_numpy(np.stack(maps).astype(np.float32))[:, None].to(self.device)
+
+    def _z_rows(self, quality: QualityIndex, h: int, w: int) -> NDArray[np.uint8]:
+        q = torch.from_numpy(np.atleast_2d(np.asarray(quality, dtype=np.float32)))[None, None]
+        levels = self.model.z_levels(q)[0].numpy()
+        hz, wz = -(-h // HYPER_STRIDE), -(-w // HYPER_STRIDE)
+        rows = self._z_indexes[np.broadcast_to(levels, (hz, wz))]  # (hz, wz, N_z)
+        return np.ascontiguousarray(rows.transpose(2, 0, 1)).ravel()
+
+
+def _latent_size(stream: Bitstream) -> tuple[int, int]:
+    return -(-stream.height // LATENT_STRIDE), -(-stream.width // LATENT_STRIDE)
+
+
+def _to_numpy(values: Tensor, dtype: torch.dtype) -> NDArray:  # type: ignore[type-arg]
+    return values.to(dtype).contiguous().cpu().numpy()
+
+
+def _map(executor: Executor | None, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
+    return list(executor.map(function, items) if executor is not None else map(function, items))
+
+
+def _in_groups(keys: Sequence[K], size: int, function: Callable[[list[int]], list[B]]) -> list[B]:
+    """Apply ``function`` to positions that share a key, ``size`` at a time; results in the original order."""
+    groups: dict[K, list[int]] = {}
+    for position, key in enumerate(keys):
+        groups.setdefault(key, []).append(position)
+    results: dict[int, B] = {}
+    for positions in groups.values():
+        for start in range(0, len(positions), size):
+            chunk = positions[start : start + size]
+            results.update(zip(chunk, function(chunk), strict=True))
+    return [results[k] for k in range(len(keys))]

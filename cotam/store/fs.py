@@ -1,0 +1,111 @@
+"""One thin wrapper around fsspec: a root URI, paths below it, and atomic writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractFileSystem
+
+
+class Root:
+    """A folder on any filesystem; every path argument is relative to it, with "/" between parts.
+
+    Args:
+        uri: a local path or any fsspec URI (s3://bucket/prefix, gs://, az://, memory://).
+
+    Raises:
+        ValueError: no filesystem is known for the URI's protocol.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.fs, self.path = split_uri(uri.rstrip("/") or uri)
+        self.uri = uri.rstrip("/")
+        self.is_local = isinstance(self.fs, LocalFileSystem)
+
+    def join(self, path: str) -> str:
+        """The full path of ``path`` on the filesystem."""
+        return f"{self.path}/{path}"
+
+    def exists(self, path: str) -> bool:
+        """Whether the file is there."""
+        return bool(self.fs.exists(self.join(path)))
+
+    def read(self, path: str) -> bytes:
+        """The file's bytes. Raises FileNotFoundError."""
+        return bytes(self.fs.cat_file(self.join(path)))
+
+    def list(self, folder: str) -> list[str]:
+        """Names of the files directly in ``folder``, sorted; none when there is no such folder."""
+        try:
+            entries = self.fs.ls(self.join(folder), detail=True, refresh=True)
+        except FileNotFoundError:
+            return []
+        names = (e["name"].rsplit("/", 1)[-1] for e in entries if e["type"] == "file")
+        return sorted(n for n in names if n and not n.startswith("."))
+
+    def write(self, path: str, data: bytes) -> None:
+        """Write a file so that readers see the whole of it or nothing."""
+        target = self.join(path)
+        if not self.is_local:
+            self.fs.pipe_file(target, data)  # a single PUT
+            return
+        temporary = self._temporary(target)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+
+    def publish(self, local_file: Path, path: str) -> None:
+        """Move a finished local file to ``path`` so that readers see the whole of it or nothing."""
+        target = self.join(path)
+        if not self.is_local:
+            self.fs.put_file(str(local_file), target)  # objects appear when their upload is complete
+            local_file.unlink()
+            return
+        temporary = self._temporary(target)
+        try:
+            os.replace(local_file, temporary)
+        except OSError:  # another device
+            self.fs.put_file(str(local_file), temporary)
+            local_file.unlink()
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+
+    def remove(self, path: str) -> None:
+        """Delete a file if it is there."""
+        if self.exists(path):
+            self.fs.rm_file(self.join(path))
+
+    def read_json(self, path: str) -> Any:
+        """The parsed JSON of a file. Raises FileNotFoundError, or ValueError for a file that is not JSON."""
+        try:
+            return json.loads(self.read(path))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self.uri}/{path} is not JSON: {error}") from None
+
+    def write_json(self, path: str, value: Any) -> None:
+        """Write JSON atomically, readable by people."""
+        self.write(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+    @staticmethod
+    def _temporary(target: str) -> str:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        head, tail = os.path.split(target)
+        return os.path.join(head, f".{tail}.{uuid.uuid4().hex[:8]}.tmp")  # hidden: listings and datasets pass it over
+
+
+def split_uri(uri: str) -> tuple[AbstractFileSystem, str]:
+    """The filesystem of a URI and the path on it. Raises ValueError for an unknown protocol."""
+    try:
+        fs, path = fsspec.core.url_to_fs(uri)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"cannot open {uri}: {error}") from None
+    return fs, path

@@ -1,0 +1,207 @@
+"""What a run leaves behind besides data: its manifest, completion and failure records, attempts, and its lock."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any
+
+from cotam.config import config_hash
+from cotam.store.fs import Root
+
+MANIFEST = "_cotam/manifest.json"
+_LOCK = "_cotam/lock.json"
+_HEARTBEAT_S = 20.0
+_STALE_S = 90.0
+_PACKAGES = ("cotam", "torch", "ray", "pyarrow", "numpy", "numba", "pillow")
+
+
+class StoreError(ValueError):
+    """A store that does not fit what is asked of it; the message says what to do."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One finished partition; written last, so where it is, shard and rejects are whole.
+
+    Attributes:
+        partition_id, source: which partition.
+        num_images: images in; equals num_rows + num_rejects.
+        num_rows, num_rejects: images out.
+        num_pixels: of the rows' originals.
+        source_num_bytes, bitstream_num_bytes: sums over the rows.
+        data: path of the shard (or tar, or folder) below the store's root.
+        data_num_bytes, data_sha256: of that file; None for a folder.
+        seconds: wall time.
+    """
+
+    partition_id: str
+    source: str
+    num_images: int
+    num_rows: int
+    num_rejects: int
+    num_pixels: int
+    source_num_bytes: int
+    bitstream_num_bytes: int
+    data: str
+    data_num_bytes: int | None
+    data_sha256: str | None
+    seconds: float
+
+    def __post_init__(self) -> None:
+        assert self.num_images == self.num_rows + self.num_rejects, "an image is missing"
+
+
+class RunStore:
+    """The bookkeeping of one DST: what is finished, what failed, and who works on it.
+
+    Args:
+        uri: the DST.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.root = Root(uri)
+
+    def open_run(self, kind: str, config: dict[str, Any], sources: list[str]) -> str:
+        """Record this run's identity, or check it against the one that is there.
+
+        Args:
+            kind: "encode" or "decode".
+            config: everything that the output depends on, JSON-serialisable.
+            sources: what the user named as SRC.
+
+        Returns:
+            The configuration's hash.
+
+        Raises:
+            StoreError: the store was made by another kind of run or with another configuration.
+        """
+        fresh = {
+            "kind": kind,
+            "config": config,
+            "config_hash": config_hash(config),
+            "sources": sources,
+            "versions": {p: metadata.version(p) for p in _PACKAGES if _installed(p)},
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        try:
+            known = self.manifest()
+        except FileNotFoundError:
+            self.root.write_json(MANIFEST, fresh)
+            return str(fresh["config_hash"])
+        if known["kind"] != kind:
+            raise StoreError(f"{self.root.uri} holds the output of `cotam {known['kind']}`; choose another DST")
+        if known["config_hash"] != fresh["config_hash"]:
+            changed = sorted(k for k in {*config, *known["config"]} if config.get(k) != known["config"].get(k))
+            was = ", ".join(f"{k}={known['config'].get(k)}" for k in changed)
+            raise StoreError(f"{self.root.uri} was made with {was}; use the same options or choose another DST")
+        merged = [*known["sources"], *(s for s in sources if s not in known["sources"])]
+        if merged != known["sources"]:
+            self.root.write_json(MANIFEST, {**known, "sources": merged})
+        return str(fresh["config_hash"])
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest. Raises FileNotFoundError where there is none."""
+        manifest: dict[str, Any] = self.root.read_json(MANIFEST)
+        return manifest
+
+    def completed_ids(self) -> set[str]:
+        """Ids of the finished partitions."""
+        return {name.removesuffix(".json") for name in self.root.list("_cotam/completed")}
+
+    def completions(self) -> list[Completion]:
+        """All completion records, in order of partition id."""
+        return [Completion(**self.root.read_json(f"_cotam/completed/{n}")) for n in self.root.list("_cotam/completed")]
+
+    def complete(self, record: Completion) -> None:
+        """Write a completion record, and forget earlier failures of the partition."""
+        self.root.write_json(f"_cotam/completed/{record.partition_id}.json", dataclasses.asdict(record))
+        self.root.remove(f"_cotam/failed/{record.partition_id}.json")
+        self.root.remove(f"_cotam/attempts/{record.partition_id}.json")
+
+    def fail(self, partition_id: str, source: str, error: str) -> None:
+        """Record a partition that could not be processed."""
+        self.root.write_json(
+            f"_cotam/failed/{partition_id}.json", {"partition_id": partition_id, "source": source, "error": error}
+        )
+
+    def failures(self) -> list[dict[str, str]]:
+        """The failed partitions: partition_id, source, error."""
+        return [self.root.read_json(f"_cotam/failed/{n}") for n in self.root.list("_cotam/failed")]
+
+    def forget_attempts(self) -> None:
+        """A new run gives every unfinished partition its attempts again."""
+        for name in self.root.list("_cotam/attempts"):
+            self.root.remove(f"_cotam/attempts/{name}")
+
+    def count_attempt(self, partition_id: str) -> int:
+        """Note that a worker starts on a partition. Returns how many workers started on it before and did not come back."""
+        path = f"_cotam/attempts/{partition_id}.json"
+        before = int(self.root.read_json(path)["attempts"]) if self.root.exists(path) else 0
+        self.root.write_json(path, {"attempts": before + 1})
+        return before
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the store for one job; a lock whose process is gone or whose heartbeat stopped is taken over.
+
+        Raises:
+            StoreError: another job works on this store.
+        """
+        token = uuid.uuid4().hex
+        owner = {"token": token, "host": socket.gethostname(), "pid": os.getpid()}
+        self._refuse_if_locked()
+        self.root.write_json(_LOCK, {**owner, "heartbeat": time.time()})
+        if self.root.read_json(_LOCK)["token"] != token:  # two jobs that started at once: the last writer stays
+            raise StoreError(f"another job has just started on {self.root.uri}; wait for it or choose another DST")
+        stop = threading.Event()
+
+        def beat() -> None:
+            while not stop.wait(_HEARTBEAT_S):
+                with contextlib.suppress(OSError):  # a missed beat is made up for by the next
+                    self.root.write_json(_LOCK, {**owner, "heartbeat": time.time()})
+
+        thread = threading.Thread(target=beat, daemon=True, name="cotam-lock")
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            self.root.remove(_LOCK)
+
+    def _refuse_if_locked(self) -> None:
+        try:
+            held = self.root.read_json(_LOCK)
+        except (FileNotFoundError, ValueError):
+            return
+        fresh = time.time() - held["heartbeat"] < _STALE_S
+        if fresh and (held["host"] != socket.gethostname() or _process_exists(held["pid"])):
+            raise StoreError(
+                f"another job (process {held['pid']} on {held['host']}) works on {self.root.uri}; wait for it or stop it"
+            )
+
+
+def _process_exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,176 @@
+"""Shards: a writer that streams rows to a local Parquet file, and a reader in bounded memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cotam.store.fs import Root
+from cotam.store.schema import REJECT_SCHEMA, SHARD_COLUMNS, SHARD_FIELDS, Reject, Row, column_name
+
+ROW_GROUP_BYTES = 64 * 2**20
+_ROW_GROUP_ROWS = 10_000
+_READ_BATCH_ROWS = 64
+
+
+class ShardWriter:
+    """Writes rows to a local Parquet file in row groups near 64 MiB; used as a context manager.
+
+    Args:
+        path: local file to write.
+        metadata: strings for the Parquet metadata.
+        member_types: Arrow types of members where the source declares them; others are inferred from the first value.
+    """
+
+    def __init__(self, path: Path, metadata: dict[str, str], member_types: dict[str, pa.DataType] | None = None) -> None:
+        self.path, self._metadata = path, metadata
+        types = {column_name(name): t for name, t in (member_types or {}).items()}
+        self._schema = pa.schema([*SHARD_FIELDS, *(pa.field(n, t) for n, t in types.items())], metadata)
+        self._rows: list[Row] = []
+        self._buffered_bytes = 0
+        self._writer: pq.ParquetWriter | None = None
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if exc[0] is None:
+            self._flush()
+            self._open()  # a shard without rows is still a Parquet file
+        if self._writer is not None:
+            self._writer.close()
+
+    def write(self, row: Row) -> None:
+        """Append a row."""
+        self._rows.append(row)
+        self._buffered_bytes += len(row.bitstream) + sum(len(v) for v in row.members.values() if isinstance(v, bytes | str))
+        if self._buffered_bytes >= ROW_GROUP_BYTES or len(self._rows) >= _ROW_GROUP_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._rows:
+            return
+        self._grow_schema()
+        columns: dict[str, list[Any]] = {name: [getattr(r, name) for r in self._rows] for name in SHARD_COLUMNS}
+        members = [{column_name(n): v for n, v in r.members.items()} for r in self._rows]
+        for field in list(self._schema)[len(SHARD_FIELDS) :]:
+            columns[field.name] = [m.get(field.name) for m in members]
+        self._open().write_table(pa.table(columns, schema=self._schema))
+        self._rows, self._buffered_bytes = [], 0
+
+    def _open(self) -> pq.ParquetWriter:
+        if self._writer is None:
+            texts = [f.name for f in self._schema if f.name != "bitstream"]
+            self._writer = pq.ParquetWriter(
+                self.path,
+                self._schema,
+                # Bitstreams are incompressible: neither codec nor dictionary nor statistics would pay.
+                compression={f.name: "NONE" if f.name == "bitstream" else "ZSTD" for f in self._schema},
+                use_dictionary=["source", "source_format"],
+                write_statistics=texts,
+            )
+        return self._writer
+
+    def _grow_schema(self) -> None:
+        """Add columns for members that show up for the first time; what is written already gets nulls there."""
+        new: dict[str, pa.DataType] = {}
+        for row in self._rows:
+            for name, value in row.members.items():
+                column = column_name(name)
+                if value is not None and column not in new and self._schema.get_field_index(column) < 0:
+                    new[column] = pa.scalar(value).type
+        if not new:
+            return
+        self._schema = pa.schema([*self._schema, *(pa.field(n, t) for n, t in new.items())], self._metadata)
+        if self._writer is None:
+            return
+        self._writer.close()
+        self._writer = None
+        old = self.path.rename(self.path.with_suffix(".narrow"))
+        with pq.ParquetFile(old) as file:
+            for k in range(file.num_row_groups):
+                table = file.read_row_group(k)
+                for name, kind in new.items():
+                    table = table.append_column(name, pa.nulls(len(table), kind))
+                self._open().write_table(table.cast(self._schema))
+        old.unlink()
+
+
+def read_rows(root: Root, path: str) -> Iterator[Row]:
+    """The rows of a shard, a small batch at a time.
+
+    Raises:
+        ValueError: not a shard of this schema.
+    """
+    with root.fs.open(root.join(path), "rb") as file, pq.ParquetFile(file) as parquet:
+        missing = [name for name in SHARD_COLUMNS if name not in parquet.schema_arrow.names]
+        if missing:
+            raise ValueError(f"{path} is not a CoTAM shard: no column {missing[0]!r}")
+        for batch in parquet.iter_batches(batch_size=_READ_BATCH_ROWS):
+            for values in batch.to_pylist():
+                fixed = {name: values.pop(name) for name in SHARD_COLUMNS if name != "bpp"}
+                values.pop("bpp")
+                yield Row(**fixed, members={n: v for n, v in values.items() if v is not None})
+
+
+class RejectWriter:
+    """Writes rejects to a local Parquet file, created with the first one; used as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._rejects: list[Reject] = []
+        self._buffered_bytes = 0
+        self._writer: pq.ParquetWriter | None = None
+
+    def __enter__(self) -> RejectWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._flush()
+        if self._writer is not None:
+            self._writer.close()
+
+    def write(self, reject: Reject) -> None:
+        """Append a reject."""
+        self._rejects.append(reject)
+        self._buffered_bytes += len(reject.image or b"")
+        if self._buffered_bytes >= ROW_GROUP_BYTES or len(self._rejects) >= _ROW_GROUP_ROWS:
+            self._flush()
+
+    def publish(self, root: Root, partition_id: str) -> None:
+        """After closing: move the file to its place in a store, or remove what an earlier attempt left there."""
+        target = f"_cotam/rejects/{partition_id}.parquet"
+        if self.path.exists():
+            root.publish(self.path, target)
+        else:
+            root.remove(target)
+
+    def _flush(self) -> None:
+        if not self._rejects:
+            return
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self.path, REJECT_SCHEMA, compression="ZSTD")
+        columns = {name: [getattr(r, name) for r in self._rejects] for name in REJECT_SCHEMA.names}
+        self._writer.write_table(pa.table(columns, schema=REJECT_SCHEMA))
+        self._rejects, self._buffered_bytes = [], 0
+
+
+def read_rejects(root: Root, partition_id: str) -> list[Reject]:
+    """The rejects of a partition, without their bytes; none when it has no file of them."""
+    path = f"_cotam/rejects/{partition_id}.parquet"
+    if not root.exists(path):
+        return []
+    with root.fs.open(root.join(path), "rb") as file:
+        table = pq.read_table(file, columns=["key", "source", "stage", "error"])
+    return [Reject(**row) for row in table.to_pylist()]
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 (hex) of a local file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

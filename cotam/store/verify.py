@@ -1,0 +1,59 @@
+"""Checking a store against its own records."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from cotam.codec import Codec
+from cotam.store.records import Completion, RunStore
+from cotam.store.schema import Reject
+from cotam.store.shard import read_rejects, read_rows
+from cotam.stream import decode_stream
+
+_READ_BYTES = 2**22
+
+
+class ShardReport(NamedTuple):
+    """Rows found in a shard, and what is wrong with it, a line each."""
+
+    num_rows: int
+    problems: list[str]
+
+
+def verify_store(store: RunStore, records: list[Completion]) -> list[str]:
+    """What is wrong with the store as a whole: shards without a record, a line each."""
+    known = {r.data.rsplit("/", 1)[-1] for r in records}
+    return [f"data/{name}: no completion record" for name in store.root.list("data") if name not in known]
+
+
+def verify_shard(store: RunStore, record: Completion, codec: Codec | None) -> ShardReport:
+    """Check a shard's hash, counts and, with a codec, that every bitstream decodes to its row's size."""
+    problems: list[str] = []
+    num_rows = 0
+    try:
+        if (digest := _sha256(store, record.data)) != record.data_sha256:
+            problems.append(f"{record.data}: sha256 is {digest}, its record says {record.data_sha256}")
+        rows = read_rows(store.root, record.data)
+        for item in rows if codec is None else decode_stream(rows, codec):
+            num_rows += 1
+            if isinstance(item, Reject):
+                problems.append(f"{record.data}: {item.key}: {item.error}")
+    except (OSError, ValueError, pa.ArrowException) as error:
+        problems.append(f"{record.data}: cannot be read: {' '.join(str(error).split())}")
+        return ShardReport(num_rows, problems)
+    if num_rows != record.num_rows:
+        problems.append(f"{record.data}: {num_rows} rows, its record says {record.num_rows}")
+    if (num_rejects := len(read_rejects(store.root, record.partition_id))) != record.num_rejects:
+        problems.append(f"{record.data}: {num_rejects} rejects, its record says {record.num_rejects}")
+    return ShardReport(num_rows, problems)
+
+
+def _sha256(store: RunStore, path: str) -> str:
+    digest = hashlib.sha256()
+    with store.root.fs.open(store.root.join(path), "rb") as file:
+        while piece := file.read(_READ_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,212 @@
+"""Encoding and decoding of streams: reading, image decoding, networks and entropy coding overlap; memory is bounded.
+
+    samples -(thread)-> image decoding (threads) -> batches -(thread)-> networks -> entropy coding (threads) -> in order
+
+Every stage holds a bounded number of images, so memory does not depend on the length of the stream.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+from cotam.bitstream import BitstreamError
+from cotam.codec import Codec, CompressedImage
+from cotam.image import ImageError, RGBImage, decode_image
+from cotam.store.schema import Reject, Row, Sample
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+_BATCH_IMAGES = 16
+_BATCH_PIXELS = 2**24
+
+
+class _Decoded(NamedTuple):
+    sample: Sample
+    pixels: RGBImage
+    format: str
+
+
+class _Compressed(NamedTuple):
+    decoded_from: Sample
+    format: str
+    compressed: CompressedImage
+
+
+class DecodedRow(NamedTuple):
+    """A row with the image that its bitstream decodes to, uint8 (H, W, 3)."""
+
+    row: Row
+    pixels: RGBImage
+
+
+def encode_stream(
+    samples: Iterable[Sample | Reject], codec: Codec, quality: float = 4.0, num_threads: int = 2
+) -> Iterator[Row | Reject]:
+    """Encode samples: one row or one reject for each, in order.
+
+    Args:
+        samples: what to encode; rejects among them pass through.
+        codec: shared by all threads.
+        quality: level of every image.
+        num_threads: threads for image decoding, and as many for entropy coding.
+
+    Raises:
+        Whatever ``samples`` raises, after the rows before it.
+    """
+    with (
+        ThreadPoolExecutor(num_threads, thread_name_prefix="cotam-decode") as decoders,
+        ThreadPoolExecutor(num_threads, thread_name_prefix="cotam-rans") as coders,
+    ):
+        decoded = ordered_map(decoders, lambda s: _decode_sample(s, codec), prefetch(samples, 4), 2 * num_threads)
+        compressed = _compress(_batches(decoded, lambda d: d.pixels.size // 3), codec, quality)
+        yield from ordered_map(coders, lambda c: _pack(c, codec), prefetch(compressed, _BATCH_IMAGES), 2 * num_threads)
+
+
+def decode_stream(
+    rows: Iterable[Row], codec: Codec, num_threads: int = 2
+) -> Iterator[DecodedRow | Reject]:
+    """Decode rows: one image or one reject for each, in order. Arguments and errors as ``encode_stream``."""
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="cotam-rans") as coders:
+        batches = _batches(prefetch(rows, 2 * _BATCH_IMAGES), lambda r: r.width * r.height)
+        decoded = (item for batch in batches for item in _decode_rows(batch, codec, coders))
+        yield from prefetch(decoded, num_threads)
+
+
+def prefetch(items: Iterable[A], depth: int) -> Iterator[A]:
+    """Iterate in a thread of its own, at most ``depth`` items ahead; exceptions arrive where they belong."""
+    ahead: queue.Queue[tuple[A | None, BaseException | None]] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(item: A | None, error: BaseException | None) -> bool:
+        while not stop.is_set():
+            try:
+                ahead.put((item, error), timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def run() -> None:
+        try:
+            for item in items:
+                if not put(item, None):
+                    return
+        except BaseException as error:  # handed over to the consumer, whatever it is
+            put(None, error)
+        else:
+            put(None, StopIteration())
+
+    thread = threading.Thread(target=run, daemon=True, name="cotam-prefetch")
+    thread.start()
+    try:
+        while True:
+            item, error = ahead.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item  # type: ignore[misc]  # an item, since there was no error
+    finally:
+        stop.set()
+        thread.join()
+
+
+def ordered_map(
+    executor: ThreadPoolExecutor, function: Callable[[A], B], items: Iterable[A], in_flight: int
+) -> Iterator[B]:
+    """Map in an executor's threads, in order, with at most ``in_flight`` items under way."""
+    pending: deque[Future[B]] = deque()
+    try:
+        for item in items:
+            pending.append(executor.submit(function, item))
+            if len(pending) >= in_flight:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
+
+
+def _batches(items: Iterable[A | Reject], num_pixels: Callable[[A], int]) -> Iterator[list[A | Reject]]:
+    """Runs of items of bounded number and pixels."""
+    batch: list[A | Reject] = []
+    pixels = 0
+    for item in items:
+        size = 0 if isinstance(item, Reject) else num_pixels(item)
+        if batch and (pixels + size > _BATCH_PIXELS or len(batch) == _BATCH_IMAGES):
+            yield batch
+            batch, pixels = [], 0
+        batch.append(item)
+        pixels += size
+    if batch:
+        yield batch
+
+
+def _decode_sample(sample: Sample | Reject, codec: Codec) -> _Decoded | Reject:
+    if isinstance(sample, Reject):
+        return sample
+    try:
+        image = decode_image(sample.image, codec.max_pixels)
+    except ImageError as error:
+        return Reject(key=sample.key, source=sample.source, stage="decode", error=str(error), image=sample.image)
+    return _Decoded(sample, image.pixels, image.format)
+
+
+def _compress(
+    batches: Iterable[list[_Decoded | Reject]], codec: Codec, quality: float
+) -> Iterator[_Compressed | Reject]:
+    for batch in batches:
+        images = [item for item in batch if isinstance(item, _Decoded)]
+        indexes = [codec.quality_index(quality, item.pixels, None, 0.0) for item in images]
+        compressed = iter(codec.compress([item.pixels for item in images], indexes))
+        for item in batch:
+            yield item if isinstance(item, Reject) else _Compressed(item.sample, item.format, next(compressed))
+
+
+def _pack(item: _Compressed | Reject, codec: Codec) -> Row | Reject:
+    if isinstance(item, Reject):
+        return item
+    sample, compressed = item.decoded_from, item.compressed
+    return Row(
+        key=sample.key,
+        source=sample.source,
+        width=compressed.width,
+        height=compressed.height,
+        bitstream=codec.pack(compressed),
+        quality=codec.mean_quality(compressed.quality_index),
+        source_num_bytes=len(sample.image),
+        source_format=item.format,
+        source_sha256=hashlib.sha256(sample.image).hexdigest(),
+        members=sample.members,
+    )
+
+
+def _decode_rows(batch: list[Row | Reject], codec: Codec, executor: ThreadPoolExecutor) -> Iterator[DecodedRow | Reject]:
+    rows = [item for item in batch if isinstance(item, Row)]
+    try:
+        images: Iterable[RGBImage | BitstreamError] = codec.decode_batch([r.bitstream for r in rows], executor)
+    except BitstreamError:
+        images = (_decode_one(r, codec) for r in rows)  # find the bad one, keep the others
+    for row, image in zip(rows, images, strict=True):
+        if isinstance(image, BitstreamError):
+            yield Reject(key=row.key, source=row.source, stage="decode", error=str(image), image=row.bitstream)
+        elif image.shape[:2] != (row.height, row.width):
+            error = f"bitstream is {image.shape[1]}x{image.shape[0]}, its row says {row.width}x{row.height}"
+            yield Reject(key=row.key, source=row.source, stage="decode", error=error, image=row.bitstream)
+        else:
+            yield DecodedRow(row, image)
+
+
+def _decode_one(row: Row, codec: Codec) -> RGBImage | BitstreamError:
+    try:
+        return codec.decode(row.bitstream)
+    except BitstreamError as error:
+        return error

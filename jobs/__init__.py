@@ -1,0 +1,1 @@
+"""What a user starts: the ``cotam`` command, one module a subcommand."""

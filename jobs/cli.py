@@ -1,0 +1,71 @@
+"""The ``cotam`` command: subcommands, exit codes, and errors in one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+import click
+import typer
+
+from jobs.console import EXIT_ERROR, EXIT_INCOMPLETE, EXIT_OK, EXIT_USAGE, Incomplete, warn
+from jobs.decode import decode
+from jobs.demo import demo
+from jobs.encode import encode
+from jobs.inspect import inspect
+from jobs.status import status
+from jobs.train import train_app
+from jobs.verify import verify
+
+app = typer.Typer(
+    help="Compress image corpora for multimodal LLMs: encode, decode, verify.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (encode, decode, status, verify, inspect, demo):
+    app.command()(command)
+app.add_typer(train_app, name="train")
+
+
+@app.callback()
+def _options(debug: bool = typer.Option(False, "--debug", help="Show tracebacks.")) -> None:
+    if debug:
+        os.environ["COTAM_DEBUG"] = "1"
+
+
+def main() -> None:
+    """Entry point of ``cotam``. Exit status: 0 done, 1 error, 2 usage, 3 done except for failed partitions."""
+    sys.exit(_run())
+
+
+def _run() -> int:
+    try:
+        result = app(standalone_mode=False)
+        return result if isinstance(result, int) else EXIT_OK
+    except Incomplete as error:
+        warn(f"cotam: {error}")
+        return EXIT_INCOMPLETE
+    except click.ClickException as error:
+        message = error.format_message()
+        if message:
+            warn(f"cotam: {message}")
+        return EXIT_USAGE
+    except (click.Abort, KeyboardInterrupt):
+        warn("cotam: interrupted; the same command goes on where it stopped")
+        return EXIT_ERROR
+    except Exception as error:
+        if os.environ.get("COTAM_DEBUG"):
+            traceback.print_exc()
+            return EXIT_ERROR
+        is_usage = isinstance(error, (ValueError, FileNotFoundError, PermissionError, FileExistsError))
+        detail = " ".join(str(error).split()) or type(error).__name__
+        warn(f"cotam: {detail if is_usage else f'{type(error).__name__}: {detail} (--debug shows more)'}")
+        return EXIT_USAGE if is_usage else EXIT_ERROR
+
+
+if __name__ == "__main__":
+    main()

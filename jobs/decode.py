@@ -1,0 +1,50 @@
+"""`cotam decode`: shards of bitstreams back to image files."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Annotated
+
+import typer
+
+from jobs.options import CpusPerWorker, GpusPerWorker, Json, NumWorkers, RayAddress
+
+
+def decode(
+    src: Annotated[str, typer.Argument(help="Output of `cotam encode`.")],
+    dst: Annotated[str, typer.Argument(help="Output folder or URI.")],
+    image_format: Annotated[
+        str, typer.Option("--format", help="png or jpg: a folder of files a shard; webdataset: a tar a shard.")
+    ] = "png",
+    model: Annotated[str | None, typer.Option(help="Codec, where it is not the one named in SRC's manifest.")] = None,
+    num_workers: NumWorkers = 0,
+    cpus_per_worker: CpusPerWorker = 1.0,
+    gpus_per_worker: GpusPerWorker = 0.0,
+    ray_address: RayAddress = None,
+    as_json: Json = False,
+) -> None:
+    """Decode shards to image files with their captions and other members beside them."""
+    from cotam.store.records import RunStore
+    from jobs.run import run_job
+    from pipelines.decode import DecodeConfig, DecodeTask, list_shards
+    from pipelines.runner import Resources
+
+    source = RunStore(src)
+    shards = list_shards(source)
+    made_with = source.manifest()["config"]
+    config = DecodeConfig(
+        model=model or made_with["model"],
+        model_sha256=made_with["model_sha256"],
+        format=image_format,
+        max_pixels=made_with["max_pixels"],
+    )
+    store = RunStore(dst)
+    with store.lock():
+        store.open_run("decode", dataclasses.asdict(config), [src])
+        device = "cuda" if gpus_per_worker else "cpu"
+        make_task = partial(DecodeTask, config, device, max(1, round(cpus_per_worker)))
+        resources = Resources(
+            num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker
+        )
+        run_job(make_task, shards, store, resources, ray_address, as_json)

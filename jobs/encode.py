@@ -1,0 +1,54 @@
+"""`cotam encode`: an image corpus to Parquet shards of bitstreams."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Annotated
+
+import typer
+
+from cotam.image import MAX_PIXELS
+from jobs.options import CpusPerWorker, GpusPerWorker, Json, Model, NumWorkers, RayAddress
+
+
+def encode(
+    src: Annotated[str, typer.Argument(help="Tars ({00..99} braces, globs), a folder, or Parquet; any fsspec URI.")],
+    dst: Annotated[str, typer.Argument(help="Output folder or URI. A finished DST is left as it is.")],
+    quality: Annotated[float, typer.Option(help="Quality level, 1 (smallest) to 8.")] = 4.0,
+    model: Model = "cotam-base",
+    image_column: Annotated[str | None, typer.Option(help="Image column of Parquet input.")] = None,
+    max_pixels: Annotated[int, typer.Option(help="Larger images are rejects.", min=1)] = MAX_PIXELS,
+    keep_rejects: Annotated[bool, typer.Option(help="Keep the original bytes of rejects.")] = True,
+    max_reject_rate: Annotated[float, typer.Option(help="More rejects than this fraction: exit 3.", min=0, max=1)] = 1.0,
+    num_workers: NumWorkers = 0,
+    cpus_per_worker: CpusPerWorker = 1.0,
+    gpus_per_worker: GpusPerWorker = 0.0,
+    ray_address: RayAddress = None,
+    as_json: Json = False,
+) -> None:
+    """Encode an image corpus into Parquet shards; running it again goes on where it stopped."""
+    from cotam.store.records import RunStore
+    from cotam.weights import parse_codec, read_weights
+    from jobs.run import run_job
+    from pipelines.encode import EncodeConfig, EncodeTask
+    from pipelines.runner import Resources
+    from pipelines.sources import list_partitions
+
+    loaded = parse_codec(read_weights(model), model)
+    num_levels = loaded.model.config.num_levels
+    if not 1 <= quality <= num_levels:
+        raise typer.BadParameter(f"--quality {quality:g} is outside [1, {num_levels}] of {model}")
+    partitions = list_partitions(src, image_column)
+    config = EncodeConfig(
+        model=model, model_sha256=loaded.sha256, quality=quality, max_pixels=max_pixels, keep_rejects=keep_rejects
+    )
+    store = RunStore(dst)
+    with store.lock():
+        config_hash = store.open_run("encode", dataclasses.asdict(config), [src])
+        device = "cuda" if gpus_per_worker else "cpu"
+        make_task = partial(EncodeTask, config, config_hash, device, max(1, round(cpus_per_worker)))
+        resources = Resources(
+            num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker
+        )
+        run_job(make_task, partitions, store, resources, ray_address, as_json, max_reject_rate)

@@ -1,0 +1,76 @@
+"""`cotam inspect`: the rows, rejects and bitstreams of a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jobs.console import print_json, say
+from jobs.options import Json, Store
+
+
+def inspect(
+    dst: Store,
+    key: Annotated[str | None, typer.Option(help="Show the image of this key.")] = None,
+    out: Annotated[Path | None, typer.Option(help="With --key: write the decoded image to this file.")] = None,
+    limit: Annotated[int, typer.Option(help="How many rows to list.", min=1)] = 10,
+    rejects: Annotated[bool, typer.Option("--rejects", help="List the rejects instead.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List rows or rejects of DST, or show one image's row and bitstream header, and decode it to a file."""
+    from cotam.store.records import RunStore
+    from cotam.store.shard import read_rejects, read_rows
+
+    if out is not None and key is None:
+        raise typer.BadParameter("--out needs --key")
+    store = RunStore(dst)
+    listed: list[dict[str, Any]] = []
+    for record in store.completions():
+        if rejects:
+            found = read_rejects(store.root, record.partition_id)
+            listed += [{"key": r.key, "source": r.source, "stage": r.stage, "error": r.error} for r in found]
+        else:
+            for row in read_rows(store.root, record.data):
+                if key is None or row.key == key:
+                    listed.append(_describe(row, record.data, store.manifest(), out))
+                if len(listed) >= (1 if key is not None else limit):
+                    break
+        if len(listed) >= (1 if key is not None else limit):
+            break
+    if key is not None and not listed:
+        raise ValueError(f"no image {key!r} in {dst}")
+    if as_json:
+        print_json(listed)
+        return
+    for entry in listed[:limit]:
+        say("  ".join(f"{name}={value}" for name, value in entry.items()))
+    if not listed:
+        say("none")
+
+
+def _describe(row: Any, shard: str, manifest: dict[str, Any], out: Path | None) -> dict[str, Any]:
+    from cotam.bitstream import unpack
+    from cotam.codec import Codec
+    from cotam.image import encode_image
+
+    stream = unpack(row.bitstream, manifest["config"]["max_pixels"])
+    if out is not None:
+        codec = Codec.load(manifest["config"]["model"], max_pixels=manifest["config"]["max_pixels"])
+        suffix = "JPEG" if out.suffix.lower() in (".jpg", ".jpeg") else "PNG"
+        out.write_bytes(encode_image(codec.decode(row.bitstream), suffix))
+    return {
+        "key": row.key,
+        "size": f"{row.width}x{row.height}",
+        "bpp": round(row.bpp, 4),
+        "quality": row.quality,
+        "bitstream_num_bytes": len(row.bitstream),
+        "map_num_bytes": len(stream.map_string),
+        "model_id": stream.model_id.hex(),
+        "source": row.source,
+        "source_format": row.source_format,
+        "source_num_bytes": row.source_num_bytes,
+        "shard": shard,
+        "members": ",".join(row.members),
+    }

@@ -1,0 +1,15 @@
+"""Options that several subcommands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+Model = Annotated[str, typer.Option(help="Codec: a packaged name, or a path or URI of a codec file.")]
+NumWorkers = Annotated[int, typer.Option(help="Worker processes; 0 chooses from the cluster.", min=0)]
+CpusPerWorker = Annotated[float, typer.Option(help="CPUs (and threads) of each worker.", min=0.1)]
+GpusPerWorker = Annotated[float, typer.Option(help="GPUs of each worker, fractions allowed; 0 runs on CPUs.", min=0)]
+RayAddress = Annotated[str | None, typer.Option(help="Ray cluster to use; starts one on this machine by default.")]
+Store = Annotated[str, typer.Argument(help="Output of `cotam encode`.", metavar="DST")]

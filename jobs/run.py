@@ -1,0 +1,60 @@
+"""Running a partition job for a subcommand: Ray, lock, progress, summary, exit status."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from cotam.store.readers import Partition
+from cotam.store.records import RunStore
+from jobs.console import Incomplete, megabytes, partition_progress, print_json, say
+from pipelines.runner import JobSummary, PartitionTask, Resources, init_ray, run_partitions
+
+
+def run_job(
+    make_task: Callable[[], PartitionTask],
+    partitions: list[Partition],
+    store: RunStore,
+    resources: Resources,
+    ray_address: str | None,
+    as_json: bool,
+    max_reject_rate: float = 1.0,
+) -> JobSummary:
+    """Run the job and print its summary. The store has to be locked.
+
+    Raises:
+        Incomplete: failed partitions, or more rejects than allowed.
+        ValueError: the cluster cannot hold a worker.
+    """
+    done = store.completed_ids()
+    num_pending = sum(p.partition_id not in done for p in partitions)
+    if num_pending:
+        init_ray(ray_address)
+    with partition_progress(num_pending, "partitions", quiet=as_json or not num_pending) as update:
+        summary = run_partitions(make_task, partitions, store, resources, update)
+    if as_json:
+        print_json({**dataclasses.asdict(summary), "bpp": summary.bpp})
+    else:
+        _print_summary(summary, store.root.uri)
+    if summary.num_failed:
+        shown = "; ".join(f"{f['partition_id']}: {f['error']}" for f in summary.failures[:3])
+        raise Incomplete(f"{summary.num_failed} of {summary.num_partitions} partitions failed, run again to retry: {shown}")
+    if summary.num_rejects > max_reject_rate * summary.num_images:
+        rate = summary.num_rejects / summary.num_images
+        raise Incomplete(f"{rate:.1%} of the images are rejects, more than --max-reject-rate {max_reject_rate}")
+    return summary
+
+
+def _print_summary(summary: JobSummary, uri: str) -> None:
+    if summary.num_skipped == summary.num_partitions:
+        say(f"Nothing to do: all {summary.num_partitions} partitions are in {uri} already.")
+    num_new = summary.num_partitions - summary.num_skipped - summary.num_failed
+    if num_new:
+        say(f"{num_new} partitions in {summary.seconds:.1f} s; {summary.num_skipped} were there already.")
+    say(f"{summary.num_images} images: {summary.num_rows} rows, {summary.num_rejects} rejects.")
+    if summary.num_rows:
+        ratio = summary.source_num_bytes / max(1, summary.bitstream_num_bytes)
+        say(
+            f"{megabytes(summary.source_num_bytes)} of source files, {megabytes(summary.bitstream_num_bytes)} of"
+            f" bitstreams ({ratio:.1f} times smaller), {summary.bpp:.3f} bpp."
+        )

@@ -1,0 +1,36 @@
+"""`cotam status`: what is finished in a store."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from cotam.store.records import RunStore, StoreError
+from jobs.console import megabytes, print_json, say
+from jobs.options import Json, Store
+
+
+def status(dst: Store, as_json: Json = False) -> None:
+    """Show what is finished in DST, what failed, and what it was made with."""
+    store = RunStore(dst)
+    try:
+        manifest = store.manifest()
+    except FileNotFoundError:
+        raise StoreError(f"{dst} has no manifest: nothing was encoded or decoded there") from None
+    records, failures = store.completions(), store.failures()
+    total = {
+        f.name: sum(getattr(r, f.name) for r in records)
+        for f in dataclasses.fields(records[0] if records else _empty())
+        if f.name.startswith("num_") or f.name.endswith("_num_bytes") and not f.name.startswith("data")
+    }
+    bpp = 8 * total["bitstream_num_bytes"] / total["num_pixels"] if total["num_pixels"] else None
+    if as_json:
+        print_json({"manifest": manifest, "num_partitions": len(records), "failures": failures, "bpp": bpp, **total})
+        return
+    say(f"{manifest['kind']} of {', '.join(manifest['sources'])}")
+    say("  with " + ", ".join(f"{k} {v}" for k, v in manifest["config"].items() if k != "model_sha256"))
+    say(f"{len(records)} partitions finished, {len(failures)} failed")
+    say(f"{total['num_images']} images: {total['num_rows']} rows, {total['num_rejects']} rejects")
+    if bpp is not None:
+        say(f"{megabytes(total['source_num_bytes'])} -> {megabytes(total['bitstream_num_bytes'])}, {bpp:.3f} bpp")
+    for failure in failures:
+        say(f"failed: {failure['partition_id']} ({failure['source']}): {failure['error']}")

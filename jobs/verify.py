@@ -1,0 +1,53 @@
+"""`cotam verify`: re-read every shard of a store and decode every bitstream."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from jobs.console import Incomplete, print_json, say
+from jobs.options import Json, Store
+
+
+def verify(
+    dst: Store,
+    decode: Annotated[bool, typer.Option(help="Decode every bitstream, too.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Check hashes and counts of every shard, and that every bitstream decodes; exit 3 if anything is wrong."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from cotam.codec import Codec
+    from cotam.store.records import RunStore, StoreError
+    from cotam.store.verify import verify_shard, verify_store
+
+    store = RunStore(dst)
+    try:
+        manifest = store.manifest()
+    except FileNotFoundError:
+        raise StoreError(f"{dst} has no manifest: nothing was encoded there") from None
+    if manifest["kind"] != "encode":
+        raise StoreError(f"{dst} is the output of `cotam {manifest['kind']}`; only `cotam encode` output can be verified")
+    config = manifest["config"]
+    codec = Codec.load(config["model"], max_pixels=config["max_pixels"]) if decode else None
+    records = store.completions()
+    problems = verify_store(store, records)
+    num_rows = 0
+    console = Console(stderr=True, quiet=as_json or not sys.stderr.isatty())
+    for record in track(records, "verifying", console=console):
+        result = verify_shard(store, record, codec)
+        num_rows += result.num_rows
+        problems += result.problems
+    if as_json:
+        print_json({"num_shards": len(records), "num_rows": num_rows, "problems": problems})
+    else:
+        for problem in problems:
+            say(problem)
+        if not problems:
+            decoded = "every bitstream decodes" if decode else "bitstreams not decoded"
+            say(f"{len(records)} shards, {num_rows} rows: hashes and counts are right, {decoded}.")
+    if problems:
+        raise Incomplete(f"{len(problems)} problems in {dst}; delete the completion records of those shards and encode again")

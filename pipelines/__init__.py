@@ -1,0 +1,1 @@
+"""Ray Data pipelines: sources and partitions in, partitions processed by a pool of actors."""

@@ -1,0 +1,161 @@
+"""The decode task: a shard of bitstreams to image files or a WebDataset tar."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from cotam.codec import Codec
+from cotam.image import MAX_PIXELS, encode_image
+from cotam.store.fs import Root
+from cotam.store.readers import Partition
+from cotam.store.records import Completion, RunStore, StoreError
+from cotam.store.schema import Reject, Row
+from cotam.store.shard import RejectWriter, file_sha256, read_rows
+from cotam.stream import DecodedRow, decode_stream, ordered_map
+from pipelines.counter import Counter, Report
+
+FORMATS = ("png", "jpg", "webdataset")
+_JPEG_OPTIONS = {"quality": 95, "subsampling": 0}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """What decoded images look like; part of the run's identity.
+
+    Attributes:
+        model: name, path or URI of the codec.
+        model_sha256: of its file.
+        format: "png" or "jpg" for a folder of files a shard, "webdataset" for a tar of PNG a shard.
+        max_pixels: larger images are rejects.
+    """
+
+    model: str = "cotam-base"
+    model_sha256: str = ""
+    format: str = "png"
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ValueError(f"format {self.format!r} is none of {', '.join(FORMATS)}")
+
+
+def list_shards(source: RunStore) -> list[Partition]:
+    """The finished shards of an encoded store, as partitions.
+
+    Raises:
+        StoreError: not the output of `cotam encode`.
+    """
+    try:
+        kind = source.manifest()["kind"]
+    except FileNotFoundError:
+        raise StoreError(f"{source.root.uri} has no manifest: not the output of `cotam encode`") from None
+    if kind != "encode":
+        raise StoreError(f"{source.root.uri} is the output of `cotam {kind}`, not of `cotam encode`")
+    return [
+        Partition(
+            partition_id=record.partition_id,
+            kind="shard",
+            source=source.root.uri,
+            paths=(record.data,),
+            num_bytes=record.data_num_bytes or 0,
+        )
+        for record in source.completions()
+    ]
+
+
+class DecodeTask:
+    """Decodes shards with one codec on one device.
+
+    Args:
+        config: what to decode with and to.
+        device: "cpu" or "cuda".
+        num_threads: for the networks on a CPU, for entropy decoding and for image files.
+    """
+
+    def __init__(self, config: DecodeConfig, device: str, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
+        self._config, self._num_threads = config, num_threads
+        self._codec = Codec.load(config.model, device, config.max_pixels)
+
+    def process(self, partition: Partition, store: RunStore, report: Report) -> Completion:
+        """Decode one shard; publishes its images and rejects. Errors as ``PartitionTask.process``."""
+        counts = Counter(report)
+        rows = read_rows(Root(partition.source), partition.paths[0])
+        decoded = decode_stream(rows, self._codec, self._num_threads)
+        with (
+            tempfile.TemporaryDirectory(prefix="cotam-") as folder,
+            ThreadPoolExecutor(self._num_threads, thread_name_prefix="cotam-files") as executor,
+        ):
+            bad = RejectWriter(Path(folder) / "rejects.parquet")
+            with bad:
+                files = ordered_map(executor, self._to_files, decoded, 2 * self._num_threads)
+                if self._config.format == "webdataset":
+                    data = f"data/{partition.partition_id}.tar"
+                    tar = Path(folder) / "shard.tar"
+                    _write_tar(_counted(files, counts, bad), tar)
+                    sha256, num_bytes = file_sha256(tar), tar.stat().st_size
+                    store.root.publish(tar, data)
+                else:
+                    data, sha256, num_bytes = f"data/{partition.partition_id}", None, None
+                    for name, content in _counted(files, counts, bad):
+                        store.root.write(f"{data}/{name}", content)
+            bad.publish(store.root, partition.partition_id)
+        return counts.completion(partition, data, num_bytes, sha256)
+
+    def _to_files(self, item: DecodedRow | Reject) -> tuple[Row, list[tuple[str, bytes]]] | Reject:
+        if isinstance(item, Reject):
+            return item
+        row = item.row
+        if not _is_safe(row.key):
+            error = "key is no relative path inside the output folder"
+            return Reject(key=row.key, source=row.source, stage="decode", error=error, image=row.bitstream)
+        extension = "png" if self._config.format == "webdataset" else self._config.format
+        if extension == "png":
+            image = encode_image(item.pixels, "PNG", compress_level=1)
+        else:
+            image = encode_image(item.pixels, "JPEG", **_JPEG_OPTIONS)
+        members = [(f"{row.key}.{name}", _to_bytes(value)) for name, value in row.members.items()]
+        return row, [(f"{row.key}.{extension}", image), *members]
+
+
+def _counted(
+    items: Iterable[tuple[Row, list[tuple[str, bytes]]] | Reject], counts: Counter, bad: RejectWriter
+) -> Iterator[tuple[str, bytes]]:
+    for item in items:
+        if isinstance(item, Reject):
+            bad.write(item)
+            counts.reject()
+            continue
+        row, files = item
+        counts.row(row)
+        yield from files
+
+
+def _write_tar(files: Iterable[tuple[str, bytes]], path: Path) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def _is_safe(key: str) -> bool:
+    """Whether a key from outside stays inside the folder it is joined to."""
+    parts = PurePosixPath(key).parts
+    return bool(parts) and not key.startswith("/") and ".." not in parts and "\0" not in key and "\\" not in key
+
+
+def _to_bytes(value: Any) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    return (value if isinstance(value, str) else json.dumps(value, default=str)).encode()

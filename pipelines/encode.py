@@ -1,0 +1,81 @@
+"""The encode task: a partition of images to a shard of bitstreams."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+import torch
+
+from cotam.codec import Codec
+from cotam.image import MAX_PIXELS
+from cotam.store.readers import Partition, member_types, read_partition
+from cotam.store.records import Completion, RunStore
+from cotam.store.schema import SCHEMA_VERSION, Row
+from cotam.store.shard import RejectWriter, ShardWriter, file_sha256
+from cotam.stream import encode_stream
+from pipelines.counter import Counter, Report
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    """Everything that the encoded bytes depend on; part of the run's identity.
+
+    Attributes:
+        model: name, path or URI of the codec.
+        model_sha256: of its file.
+        quality: level of every image.
+        max_pixels: larger images are rejects.
+        keep_rejects: store the original bytes of rejects.
+    """
+
+    model: str = "cotam-base"
+    model_sha256: str = ""
+    quality: float = 4.0
+    max_pixels: int = MAX_PIXELS
+    keep_rejects: bool = True
+
+
+class EncodeTask:
+    """Encodes partitions with one codec on one device.
+
+    Args:
+        config: what to encode with.
+        config_hash: of the run, for the shards' metadata.
+        device: "cpu" or "cuda".
+        num_threads: for the networks on a CPU, and for image decoding and entropy coding.
+    """
+
+    def __init__(self, config: EncodeConfig, config_hash: str, device: str, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
+        self._config, self._config_hash, self._num_threads = config, config_hash, num_threads
+        self._codec = Codec.load(config.model, device, config.max_pixels)
+        if config.model_sha256 and self._codec.sha256 != config.model_sha256:
+            raise ValueError(f"{config.model} differs from the weights that this run started with")
+
+    def process(self, partition: Partition, store: RunStore, report: Report) -> Completion:
+        """Encode one partition; publishes rejects, then the shard. Errors as ``PartitionTask.process``."""
+        counts = Counter(report)
+        metadata = {
+            "cotam_schema_version": str(SCHEMA_VERSION),
+            "cotam_model": self._config.model,
+            "cotam_model_sha256": self._codec.sha256,
+            "cotam_config_hash": self._config_hash,
+        }
+        with tempfile.TemporaryDirectory(prefix="cotam-") as folder:
+            shard, bad = Path(folder) / "shard.parquet", Path(folder) / "rejects.parquet"
+            with ShardWriter(shard, metadata, member_types(partition)) as writer, RejectWriter(bad) as rejects:
+                samples = read_partition(partition)
+                for item in encode_stream(samples, self._codec, self._config.quality, self._num_threads):
+                    if isinstance(item, Row):
+                        writer.write(item)
+                        counts.row(item)
+                    else:
+                        rejects.write(item if self._config.keep_rejects else dataclasses.replace(item, image=None))
+                        counts.reject()
+            rejects.publish(store.root, partition.partition_id)
+            sha256, num_bytes = file_sha256(shard), shard.stat().st_size
+            path = f"data/{partition.partition_id}.parquet"
+            store.root.publish(shard, path)
+        return counts.completion(partition, path, num_bytes, sha256)

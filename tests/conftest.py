@@ -1,0 +1,39 @@
+"""Fixtures shared by all tests: the packaged codec and a few photographs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+
+from cotam.codec import Codec
+from cotam.image import RGBImage
+
+WEIGHTS = "/tmp/h/base.safetensors"
+
+
+@pytest.fixture(scope="session")
+def codec() -> Codec:
+    """The packaged codec."""
+    return Codec.load(WEIGHTS)
+
+
+@pytest.fixture(scope="session")
+def photos() -> dict[str, RGBImage]:
+    """Photographs that scikit-image carries, at most 256 pixels a side, no two of one size."""
+    return {
+        "astronaut": np.ascontiguousarray(skimage.data.astronaut()[:256, 100:356]),
+        "chelsea": np.ascontiguousarray(skimage.data.chelsea()[40:240, 100:333]),
+        "coffee": np.ascontiguousarray(skimage.data.coffee()[100:277, 200:456]),
+    }
+
+
+@pytest.fixture
+def num_threads() -> Iterator[None]:
+    """Lets a test call ``torch.set_num_threads``, and puts the number back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

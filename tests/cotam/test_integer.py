@@ -1,0 +1,168 @@
+"""Exactness: the integer network computes the same integers however, and on whatever, it runs.
+
+One machine can decode what another encoded because of this, so it is tested against integer arithmetic itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cotam.codec import Codec
+from cotam.models.entropy_model import MEAN_MAX, MEAN_STEPS, EntropyParameters
+from cotam.models.integer import ACCUMULATOR_BOUND, ACTIVATION_MAX, IntConv2d
+
+
+class Inputs(NamedTuple):
+    """z_hat (B, N_z, hz, wz), q (B, 1, h, w) and y_fixed (B, M, h, w) of the whole integer network."""
+
+    z_hat: Tensor
+    q: Tensor
+    y_fixed: Tensor
+
+
+Run = Callable[[EntropyParameters, Inputs], list[Tensor]]
+
+
+@pytest.fixture(scope="module")
+def network(codec: Codec) -> EntropyParameters:
+    return codec.model.entropy_parameters
+
+
+@pytest.fixture(scope="module")
+def inputs(codec: Codec) -> Inputs:
+    """Eight latents of 9x13: four as in photographs, four as extreme as a hostile bitstream can make them."""
+    config, generator = codec.model.config, torch.Generator().manual_seed(0)
+    spread = torch.tensor([1.0, 3.0, 9.0, 27.0, 81.0, 200.0, 1e3, 1e6])[:, None, None, None]
+    z_hat = (torch.randn(8, config.N_z, 3, 4, generator=generator) * spread).round()
+    y_fixed = (torch.randn(8, config.M, 9, 13, generator=generator) * spread * MEAN_STEPS).round()
+    return Inputs(
+        z_hat.clamp(-ACTIVATION_MAX, ACTIVATION_MAX),
+        torch.randint(codec.model.num_q, (8, 1, 9, 13), generator=generator).float(),
+        y_fixed.clamp(-(2**18), 2**18),
+    )
+
+
+@torch.no_grad()
+def _run(network: EntropyParameters, inputs: Inputs) -> list[Tensor]:
+    hyper = network.hyper(inputs.z_hat, inputs.q, *inputs.q.shape[-2:])
+    first = network.first_params(hyper, inputs.q)
+    second = network.second_params(hyper, inputs.y_fixed, inputs.q)
+    return [hyper, *first, *second]
+
+
+def _one_at_a_time(network: EntropyParameters, inputs: Inputs) -> list[Tensor]:
+    outputs = [_run(network, Inputs(*(t[k : k + 1] for t in inputs))) for k in range(len(inputs.q))]
+    return [torch.cat(tensors) for tensors in zip(*outputs, strict=True)]
+
+
+def _in_memory_format(memory_format: torch.memory_format) -> Run:
+    def run(network: EntropyParameters, inputs: Inputs) -> list[Tensor]:
+        network = copy.deepcopy(network).to(memory_format=memory_format)  # type: ignore[call-overload]
+        return _run(network, Inputs(*(t.contiguous(memory_format=memory_format) for t in inputs)))
+
+    return run
+
+
+def _with_threads(num_threads: int) -> Run:
+    def run(network: EntropyParameters, inputs: Inputs) -> list[Tensor]:
+        torch.set_num_threads(num_threads)
+        return _run(network, inputs)
+
+    return run
+
+
+def _without_mkldnn(network: EntropyParameters, inputs: Inputs) -> list[Tensor]:
+    with torch.backends.mkldnn.flags(enabled=False):
+        return _run(network, inputs)
+
+
+def _compiled(network: EntropyParameters, inputs: Inputs) -> list[Tensor]:
+    return torch.compile(_run)(network, inputs)  # type: ignore[no-any-return]
+
+
+def _on_gpu(network: EntropyParameters, inputs: Inputs) -> list[Tensor]:
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    return _run(copy.deepcopy(network).cuda(), Inputs(*(t.cuda() for t in inputs)))
+
+
+@pytest.mark.usefixtures("num_threads")
+@pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param(_with_threads(1), id="1 thread"),
+        pytest.param(_with_threads(2), id="2 threads"),
+        pytest.param(_one_at_a_time, id="batches of 1"),
+        pytest.param(_in_memory_format(torch.contiguous_format), id="contiguous"),
+        pytest.param(_in_memory_format(torch.channels_last), id="channels_last"),
+        pytest.param(_without_mkldnn, id="without oneDNN"),
+        pytest.param(_compiled, id="compiled", marks=pytest.mark.slow),
+        pytest.param(_on_gpu, id="TF32 on a GPU", marks=pytest.mark.gpu),
+    ],
+)
+def test_network_equals_its_float64_reference(network: EntropyParameters, inputs: Inputs, run: Run) -> None:
+    expected = _run(copy.deepcopy(network).double(), Inputs(*(t.double() for t in inputs)))
+    for actual, reference in zip(run(network, inputs), expected, strict=True):
+        assert len(reference.unique()) > 20, "the inputs do not exercise the network"
+        assert torch.equal(actual.cpu().double(), reference)
+
+
+def test_every_layer_equals_integer_arithmetic(network: EntropyParameters) -> None:
+    """Also for the inputs that drive one channel's accumulator to its extreme."""
+    generator = torch.Generator().manual_seed(0)
+    layers = [m for m in network.modules() if isinstance(m, IntConv2d)]
+    assert len(layers) > 10
+    for layer in layers:
+        weight = layer.frozen_integers().weight
+        num_in = len(weight) if layer.depthwise else weight.shape[1]
+        x = torch.randint(-ACTIVATION_MAX, ACTIVATION_MAX + 1, (2, num_in, 5, 6), generator=generator).float()
+        x[1] = ACTIVATION_MAX * (weight[:, 0, :1, :1] if layer.depthwise else weight[0]).sign()
+        q = torch.randint(0, 29, (2, 1, 5, 6), generator=generator).float()
+        with torch.inference_mode():
+            actual = layer(x, q).numpy()
+        np.testing.assert_array_equal(actual, _integer_conv(layer, x.numpy().astype(np.int64), q.numpy().astype(np.int64)))
+
+
+def _integer_conv(layer: IntConv2d, x: NDArray[np.int64], q: NDArray[np.int64]) -> NDArray[np.int64]:
+    weight, bias, gain = (t.numpy().astype(np.int64) for t in layer.frozen_integers()[:3])
+    exponent = np.log2(layer.frozen_integers().scale.numpy()).astype(np.int64)[:, None, None]
+    if layer.depthwise:
+        _, _, h, w = x.shape
+        padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
+        acc = sum(weight[:, 0, i, j, None, None] * padded[:, :, i : i + h, j : j + w] for i in range(3) for j in range(3))
+    else:
+        acc = np.einsum("oi,bihw->bohw", weight[:, :, 0, 0], x)
+    acc = acc + bias[:, None, None] + (q * gain[:, None, None] if layer.quality_bias else 0)
+    assert np.abs(acc).max() < ACCUMULATOR_BOUND
+    shift = np.maximum(-exponent, 0)  # round half to even, in integers
+    half_even = np.where(shift > 0, (1 << np.maximum(shift - 1, 0)) - 1 + (acc >> shift & 1), 0)
+    return np.clip((acc << np.maximum(exponent, 0)) + half_even >> shift, layer.low, layer.high)
+
+
+@pytest.mark.parametrize(("num_in", "weight"), [(1041, 127.0), (4, float("nan"))])
+def test_layer_that_could_overflow_is_refused(num_in: int, weight: float) -> None:
+    layer = IntConv2d(num_in, 2, low=-MEAN_MAX, high=MEAN_MAX)
+    with torch.no_grad():
+        layer.weight.fill_(weight)
+    with pytest.raises(ValueError, match=r"accumulator bound .* reaches 2\^24"):
+        layer.freeze()
+
+
+def test_largest_layer_that_cannot_overflow_is_exact() -> None:
+    """1040 * 127 * 127 is just below 2^24: every summand and the sum stay exact in float32."""
+    layer = IntConv2d(1040, 2, low=-MEAN_MAX, high=MEAN_MAX)
+    with torch.no_grad():
+        layer.weight.fill_(127.0)
+    layer.freeze()
+    x = torch.full((1, 1040, 1, 1), float(ACTIVATION_MAX))
+    x[0, ::2] -= 1
+    with torch.inference_mode():
+        actual = layer(x).numpy()
+    np.testing.assert_array_equal(actual, _integer_conv(layer, x.numpy().astype(np.int64), np.zeros((1, 1, 1, 1), np.int64)))
