@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import bjontegaard
 import numpy as np
-from numpy.typing import NDArray
-from scipy.interpolate import PchipInterpolator
 
 from cotam.image import RGBImage
 
@@ -22,9 +21,7 @@ def psnr_rgb(original: RGBImage, decoded: RGBImage) -> float:
     return 10 * float(np.log10(255**2 / mse)) if mse else float("inf")
 
 
-def bd_rate(
-    reference: Sequence[tuple[float, float]], test: Sequence[tuple[float, float]]
-) -> float:
+def bd_rate(reference: Sequence[tuple[float, float]], test: Sequence[tuple[float, float]]) -> float:
     """Bjøntegaard delta rate: mean difference in rate at equal quality over the qualities that both curves reach.
 
     Bjøntegaard 2001 with piecewise cubic Hermite interpolation of log rate over quality, as in JCTVC-L1100.
@@ -38,16 +35,12 @@ def bd_rate(
     Raises:
         ValueError: too few points, or no overlap in quality.
     """
-    curves = [np.array(sorted(points, key=lambda p: p[1])) for points in (reference, test)]
-    if min(len(c) for c in curves) < 2:
+    if min(len(reference), len(test)) < 2:
         raise ValueError("BD-rate needs at least two points a curve")
-    low, high = max(c[0, 1] for c in curves), min(c[-1, 1] for c in curves)
-    if low >= high:
+    (rate_a, quality_a), (rate_b, quality_b) = (
+        np.array(sorted(points, key=lambda p: p[1])).T for points in (reference, test)
+    )
+    if max(quality_a[0], quality_b[0]) >= min(quality_a[-1], quality_b[-1]):
         raise ValueError("BD-rate needs curves that overlap in quality")
-    means = [_mean_log_rate(c, low, high) for c in curves]
-    return 100 * (float(np.exp(means[1] - means[0])) - 1)
-
-
-def _mean_log_rate(curve: NDArray[np.float64], low: float, high: float) -> float:
-    interpolated = PchipInterpolator(curve[:, 1], np.log(curve[:, 0]))
-    return float(interpolated.integrate(low, high)) / (high - low)
+    options = {"method": "pchip", "require_matching_points": False, "min_overlap": 0}
+    return float(bjontegaard.bd_rate(rate_a, quality_a, rate_b, quality_b, **options))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 
-import click
 import typer
+from typer.exceptions import TyperException
 
 from jobs.console import EXIT_ERROR, EXIT_INCOMPLETE, EXIT_OK, EXIT_USAGE, Incomplete, warn
 from jobs.decode import decode
@@ -19,7 +18,7 @@ from jobs.train import train_app
 from jobs.verify import verify
 
 app = typer.Typer(
-    help="Compress image corpora for multimodal LLMs: encode, decode, verify.",
+    help="Compress image corpora for multimodal LLMs: encode, decode, verify. --debug, anywhere, shows tracebacks.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -31,34 +30,29 @@ for command in (encode, decode, status, verify, inspect, demo):
 app.add_typer(train_app, name="train")
 
 
-@app.callback()
-def _options(debug: bool = typer.Option(False, "--debug", help="Show tracebacks.")) -> None:
-    if debug:
-        os.environ["COTAM_DEBUG"] = "1"
-
-
 def main() -> None:
     """Entry point of ``cotam``. Exit status: 0 done, 1 error, 2 usage, 3 done except for failed partitions."""
     sys.exit(_run())
 
 
 def _run() -> int:
+    debug = "--debug" in sys.argv  # anywhere on the line
+    sys.argv[:] = [a for a in sys.argv if a != "--debug"]
     try:
         result = app(standalone_mode=False)
         return result if isinstance(result, int) else EXIT_OK
     except Incomplete as error:
         warn(f"cotam: {error}")
         return EXIT_INCOMPLETE
-    except click.ClickException as error:
-        message = error.format_message()
-        if message:
-            warn(f"cotam: {message}")
+    except TyperException as error:
+        message = str(getattr(error, "format_message", lambda: str(error))())
+        warn(message if message.startswith("Usage:") else f"cotam: {message}")
         return EXIT_USAGE
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         warn("cotam: interrupted; the same command goes on where it stopped")
         return EXIT_ERROR
     except Exception as error:
-        if os.environ.get("COTAM_DEBUG"):
+        if debug:
             traceback.print_exc()
             return EXIT_ERROR
         is_usage = isinstance(error, (ValueError, FileNotFoundError, PermissionError, FileExistsError))

@@ -10,13 +10,18 @@ import dataclasses
 import json
 import logging
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 os.environ.setdefault("RAY_DATA_USE_DATASOURCE_V2", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ core prints a harmless error for every actor
+warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")  # the only way to bound retries in 2.60
 
 import ray
 import ray.data
@@ -142,17 +147,29 @@ def init_ray(address: str | None = None) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    if address or os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        return
-    ray.init(
+    local: dict[str, Any] = {
         # One CPU more than there is, so that a worker a core leaves room for Ray's own tasks.
-        num_cpus=(os.cpu_count() or 1) + 1,
-        include_dashboard=False,
-        object_store_memory=150 * 2**20,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+        "num_cpus": (os.cpu_count() or 1) + 1,
+        "include_dashboard": False,
+        "object_store_memory": 150 * 2**20,
+    }
+    cluster = address or os.environ.get("RAY_ADDRESS")
+    with _quiet_stderr():
+        ray.init(**({"address": cluster} if cluster else local), log_to_driver=False, logging_level=logging.ERROR)
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Ray's C++ core greets on stderr whatever its log level; what goes wrong in ray.init is raised."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as sink:
+            os.dup2(sink.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _run_wave(
@@ -172,6 +189,7 @@ def _run_wave(
         compute=ActorPoolStrategy(size=min(pool_size, len(wave)), max_tasks_in_flight_per_actor=1),
         num_cpus=resources.cpus_per_worker,
         num_gpus=resources.gpus_per_worker or None,
+        # Ray Data would restart actors and retry their tasks for ever.
         max_restarts=_WORKER_ATTEMPTS * len(wave),
         max_task_retries=_WORKER_ATTEMPTS,
     )

@@ -116,10 +116,11 @@ class IntConv2d(nn.Module):
     def forward(self, x: Tensor, q: Tensor | None = None) -> Tensor:
         """(B, I, h, w) integers in float32, ``q`` (B, 1, h, w) or (B, 1, 1, 1), to (B, O, h, w) integers."""
         ints = self._frozen if self._frozen is not None else self.integers()
-        if self.depthwise:
-            acc = F.conv2d(x, ints.weight, ints.bias, padding=1, groups=x.shape[1])
-        else:
-            acc = F.conv2d(x, ints.weight, ints.bias)
+        with torch.autocast(x.device.type, enabled=False):  # 8 bits of bfloat16 do not hold these integers
+            if self.depthwise:
+                acc = F.conv2d(x, ints.weight, ints.bias, padding=1, groups=x.shape[1])
+            else:
+                acc = F.conv2d(x, ints.weight, ints.bias)
         if self.quality_bias:
             assert q is not None
             acc = acc + q * ints.gain[:, None, None]

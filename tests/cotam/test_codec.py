@@ -1,0 +1,236 @@
+"""The codec: what is encoded anywhere is decoded everywhere, bits go where they are asked for, nothing breaks it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from cotam.bitstream import BitstreamError, ModelMismatchError, pack, unpack
+from cotam.codec import Codec
+from cotam.image import RGBImage, decode_image
+from cotam.weights import dump_codec, parse_codec
+from tests.cotam import golden
+
+Coded = tuple[list[bytes], list[RGBImage]]
+
+
+@pytest.fixture(scope="module")
+def images(photos: dict[str, RGBImage]) -> list[RGBImage]:
+    """Eight images, of sizes that share a latent size and sizes that do not."""
+    astronaut, chelsea, coffee = photos.values()
+    crops = [astronaut[:128, :128], astronaut[120:241, :113], chelsea[:65, :63], coffee[:17, :33], coffee[40:57, :33]]
+    return [astronaut, chelsea, coffee, *map(np.ascontiguousarray, crops)]
+
+
+@pytest.fixture(scope="module")
+def coded(codec: Codec, images: list[RGBImage]) -> Coded:
+    """What one thread, one image at a time, makes of the images: the reference of the tests below."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    strings = [codec.encode(image, 3.25) for image in images]
+    pixels = [codec.decode(s) for s in strings]
+    torch.set_num_threads(num_threads)
+    return strings, pixels
+
+
+def _in_batches(codec: Codec, images: list[RGBImage], num_threads: int = 2) -> Coded:
+    torch.set_num_threads(num_threads)
+    with ThreadPoolExecutor(2) as executor:
+        strings = codec.encode_batch(images, 3.25, executor=executor)
+        return strings, codec.decode_batch(strings, executor)
+
+
+def _one_at_a_time(codec: Codec, images: list[RGBImage]) -> Coded:
+    torch.set_num_threads(2)
+    strings = [codec.encode(image, 3.25) for image in images]
+    return strings, [codec.decode(s) for s in strings]
+
+
+def _in_threads(codec: Codec, images: list[RGBImage]) -> Coded:
+    with ThreadPoolExecutor(4) as executor:
+        strings = list(executor.map(lambda image: codec.encode(image, 3.25), images))
+        return strings, list(executor.map(codec.decode, strings))
+
+
+def _after_a_round_trip_of_the_weights(codec: Codec, images: list[RGBImage]) -> Coded:
+    data = dump_codec(parse_codec(dump_codec(codec.model), "dumped").model)
+    return _in_batches(Codec(parse_codec(data, "dumped again")), images)
+
+
+def _in_another_process(codec: Codec, images: list[RGBImage]) -> Coded:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        return executor.submit(_load_and_code, images).result()
+
+
+def _load_and_code(images: list[RGBImage]) -> Coded:
+    return _in_batches(Codec.load("/tmp/h/base.safetensors"), images, num_threads=1)
+
+
+@pytest.mark.usefixtures("num_threads")
+@pytest.mark.parametrize(
+    "code", [_one_at_a_time, _in_batches, _in_threads, _after_a_round_trip_of_the_weights, _in_another_process]
+)
+def test_bytes_and_pixels_are_the_same_however_they_are_made(
+    codec: Codec, images: list[RGBImage], coded: Coded, code: Callable[[Codec, list[RGBImage]], Coded]
+) -> None:
+    strings, pixels = code(codec, images)
+    assert strings == coded[0]
+    for actual, expected in zip(pixels, coded[1], strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_encoded_in_bfloat16_decodes_in_float32_and_the_other_way_round(
+    codec: Codec, images: list[RGBImage], coded: Coded
+) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        strings = codec.encode_batch(images, 3.25)
+        under_autocast = codec.decompress(coded[0])
+    for image, expected in zip(under_autocast, codec.decompress(coded[0]), strict=True):
+        assert torch.equal(image.y_fixed, expected.y_fixed)
+    for pixels, expected, original in zip(codec.decode_batch(strings), coded[1], images, strict=True):
+        assert _psnr(pixels, original) > _psnr(expected, original) - 0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_encoded_on_a_gpu_decodes_on_a_cpu_and_the_other_way_round(
+    codec: Codec, images: list[RGBImage], coded: Coded
+) -> None:
+    gpu = Codec(parse_codec(dump_codec(codec.model), "dumped"), device="cuda")
+    for strings in (coded[0], gpu.encode_batch(images, 3.25)):
+        for here, there in zip(codec.decompress(strings), gpu.decompress(strings), strict=True):
+            assert torch.equal(here.y_fixed, there.y_fixed.cpu())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 200), (200, 1), (17, 33), (63, 65), (64, 64)])
+def test_any_size_round_trips(codec: Codec, photos: dict[str, RGBImage], size: tuple[int, int]) -> None:
+    image = photos["astronaut"][: size[0], : size[1]]
+    decoded = codec.decode(codec.encode(image, 6))
+    assert decoded.dtype == np.uint8
+    assert decoded.shape == image.shape
+    assert _psnr(decoded, image) > 25
+
+
+def test_quality_buys_fidelity_with_bytes(codec: Codec, photos: dict[str, RGBImage]) -> None:
+    for image in photos.values():
+        strings = [codec.encode(image, quality) for quality in (1, 1.25, 2, 3, 4, 5, 6, 7, 8)]
+        num_bytes = [len(s) for s in strings]
+        psnrs = [_psnr(codec.decode(s), image) for s in strings]
+        assert num_bytes == sorted(set(num_bytes))
+        assert psnrs == sorted(psnrs)
+        assert psnrs[4] > 27
+
+
+def test_importance_moves_bits_to_where_it_is(codec: Codec, photos: dict[str, RGBImage]) -> None:
+    image = photos["astronaut"]
+    importance = np.zeros((16, 16))
+    importance[2:10, 6:14] = 1
+    inside = np.kron(importance, np.ones((16, 16))) > 0
+    steered = codec.decode(codec.encode(image, 4, importance, strength=4))
+    uniform = codec.decode(codec.encode(image, 4))
+    assert _psnr(steered[inside], image[inside]) > _psnr(uniform[inside], image[inside]) + 1
+    assert _psnr(steered[~inside], image[~inside]) < _psnr(uniform[~inside], image[~inside])
+
+
+def test_importance_without_contrast_or_strength_is_a_uniform_quality(codec: Codec, photos: dict[str, RGBImage]) -> None:
+    image, importance = photos["coffee"], np.random.default_rng(0).random((24, 24))
+    uniform = codec.encode(image, 4)
+    assert codec.encode(image, 4, importance, strength=0) == uniform
+    assert codec.encode(image, 4, np.full((3, 3), 0.7)) == uniform
+
+
+def test_map_takes_at_most_3_percent(codec: Codec, photos: dict[str, RGBImage]) -> None:
+    """At the default quality and strength, for a map as smooth as attention is."""
+    i, j = np.mgrid[-1:1:24j, -1:1:24j]  # type: ignore[misc]
+    importance = np.exp(-3 * (i**2 + j**2))
+    for image in photos.values():
+        data = codec.encode(image, importance=importance)
+        assert 0 < len(unpack(data, codec.max_pixels).map_string) <= 0.03 * len(data)
+
+
+_RGB = np.zeros((20, 30, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image": np.zeros((20, 30), np.uint8)}, "uint8 array of shape"),
+        ({"image": np.zeros((20, 30, 4), np.uint8)}, "uint8 array of shape"),
+        ({"image": np.zeros((20, 30, 3), np.float32)}, "uint8 array of shape"),
+        ({"image": [[0, 0, 0]]}, "uint8 array of shape"),
+        ({"image": np.zeros((0, 30, 3), np.uint8)}, "no pixels"),
+        ({"quality": 0.9}, r"quality 0.9 is outside \[1, 8\]"),
+        ({"quality": 8.1}, r"quality 8.1 is outside \[1, 8\]"),
+        ({"quality": float("nan")}, "quality nan is outside"),
+        ({"importance": np.full((4, 4), 1.5)}, "importance must be"),
+        ({"importance": np.full((4, 4), np.nan)}, "importance must be"),
+        ({"importance": np.zeros((4, 4, 1))}, "importance must be"),
+        ({"importance": np.zeros((0, 4))}, "importance must be"),
+        ({"importance": np.eye(2), "strength": float("nan")}, "strength"),
+    ],
+)
+def test_unusable_arguments_are_named(codec: Codec, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        codec.encode(**{"image": _RGB, **arguments})
+
+
+def test_images_over_the_limit_are_refused(codec: Codec) -> None:
+    small = Codec(parse_codec(dump_codec(codec.model), "dumped"), max_pixels=599)
+    with pytest.raises(ValueError, match="over the limit of 599"):
+        small.encode(_RGB)
+    with pytest.raises(BitstreamError, match="over the limit of 599"):
+        small.decode(codec.encode(_RGB))
+
+
+def test_bitstream_of_another_model_names_both(codec: Codec) -> None:
+    stream = unpack(codec.encode(_RGB), codec.max_pixels)
+    with pytest.raises(ModelMismatchError, match=f"by model 00c0ffee, this codec is model {codec.sha256[:8]}"):
+        codec.decode(pack(stream._replace(model_id=bytes.fromhex("00c0ffee"))))
+
+
+def test_altered_bitstreams_with_a_valid_checksum_are_refused_or_decode(
+    codec: Codec, photos: dict[str, RGBImage]
+) -> None:
+    rng = np.random.default_rng(0)
+    image = photos["chelsea"][:70, :50]
+    uniform, mapped = codec.encode(image), codec.encode(image, importance=np.eye(5))
+    num_refused = 0
+    for k in range(400):
+        body = bytearray((uniform, mapped)[k % 2][:-4])
+        start = 5 if k % 4 < 2 else len(body) // 2  # from the flags on, or only in the latents
+        for at in rng.integers(start, len(body), rng.integers(1, 6)):
+            body[at] = rng.integers(256)
+        if k % 8 == 7:
+            del body[int(rng.integers(start, len(body))) :]
+        try:
+            pixels = codec.decode(bytes(body) + zlib.crc32(body).to_bytes(4, "little"))
+        except BitstreamError:
+            num_refused += 1
+        else:
+            assert pixels.dtype == np.uint8
+    assert num_refused > 350
+
+
+def test_golden_bitstreams_decode_to_what_they_always_did(codec: Codec) -> None:
+    manifest = json.loads(golden.MANIFEST.read_text()) if golden.MANIFEST.exists() else {"model_sha256": "none"}
+    assert manifest["model_sha256"] == codec.sha256, "the packaged weights changed: run python -m tests.cotam.golden"
+    for name, image in golden.golden_images().items():
+        (decompressed,) = codec.decompress([(golden.FOLDER / f"{name}.bin").read_bytes()])
+        assert golden.y_fixed_sha256(decompressed) == manifest["y_fixed_sha256"][name]
+        pixels = codec.reconstruct([decompressed])[0]
+        assert pixels.shape == image.pixels.shape
+        assert _psnr(pixels, decode_image((golden.FOLDER / f"{name}.png").read_bytes()).pixels) > 50
+
+
+def _psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
+    mse = np.mean((a.astype(np.float64) - b) ** 2)
+    return float(10 * np.log10(255**2 / max(mse, 1e-6)))
