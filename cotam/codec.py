@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from typing import NamedTuple, TypeVar
@@ -152,8 +153,10 @@ class Codec:
         if importance is None or strength == 0:
             return round((quality - 1) * Q_STEPS)
         values = torch.as_tensor(np.asarray(importance, dtype=np.float32))
-        if values.ndim != 2 or not bool(((values >= 0) & (values <= 1)).all()):
+        if values.ndim != 2 or values.numel() == 0 or not bool(((values >= 0) & (values <= 1)).all()):
             raise ValueError("importance must be a 2-D map of values in [0, 1]")
+        if not math.isfinite(strength):
+            raise ValueError(f"strength {strength} is not a finite number")
         size = (-(-image.shape[0] // LATENT_STRIDE), -(-image.shape[1] // LATENT_STRIDE))
         if values.shape != size:
             values = F.interpolate(values[None, None], size=size, mode="bilinear", antialias=True)[0, 0]

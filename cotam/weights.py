@@ -85,7 +85,7 @@ def dump_codec(model: CodecModel) -> bytes:
     arrays.update({"tables.cdf": tables.cdf, "tables.start": tables.start, "tables.radius": tables.radius})
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     metadata = {"format": FORMAT, "config": json.dumps(dataclasses.asdict(model.config), sort_keys=True)}
-    return save_safetensors(arrays, metadata)
+    return _with_sorted_header(save_safetensors(arrays, metadata))
 
 
 def parse_codec(data: bytes, where: str) -> LoadedCodec:
@@ -116,6 +116,14 @@ def parse_codec(data: bytes, where: str) -> LoadedCodec:
     model.freeze()
     _check_integers(model, arrays, where)
     return LoadedCodec(model, tables, hashlib.sha256(data).hexdigest())
+
+
+def _with_sorted_header(data: bytes) -> bytes:
+    """The same file with its header in one order: safetensors writes metadata in a random one, and bytes are identity."""
+    header_bytes = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + header_bytes]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + header_bytes :]
 
 
 def _load_state(model: CodecModel, arrays: _Arrays) -> None:

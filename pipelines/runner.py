@@ -139,8 +139,8 @@ def run_partitions(
     return _summary(partitions, len(partitions) - len(pending), store, time.monotonic() - started)
 
 
-def init_ray(address: str | None = None) -> None:
-    """Connect to a cluster, or start a local one that stays quiet; does nothing when Ray is up."""
+def init_ray(address: str | None = None, num_cpus: int | None = None) -> None:
+    """Connect to the cluster at ``address``, or start a quiet one on this machine; does nothing when Ray is up."""
     if ray.is_initialized():
         return
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -149,7 +149,7 @@ def init_ray(address: str | None = None) -> None:
     context.print_on_execution_start = False
     local: dict[str, Any] = {
         # One CPU more than there is, so that a worker a core leaves room for Ray's own tasks.
-        "num_cpus": (os.cpu_count() or 1) + 1,
+        "num_cpus": num_cpus or (os.cpu_count() or 1) + 1,
         "include_dashboard": False,
         "object_store_memory": 150 * 2**20,
     }

@@ -1,0 +1,74 @@
+"""The command as users meet it: exit codes, one-line errors, JSON, kill and resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.dataset as ds
+
+from tests.corpus import write_webdataset
+
+ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+COTAM = [sys.executable, "-m", "jobs.cli"]
+
+
+def cotam(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COTAM, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+
+
+def test_errors_are_one_line_and_exit_2(tmp_path: Path) -> None:
+    for arguments in (
+        ["encode", str(tmp_path / "nothing-here"), str(tmp_path / "out")],
+        ["encode", str(tmp_path)],
+        ["encode", str(tmp_path), str(tmp_path / "out"), "--quality", "99"],
+        ["encode", str(tmp_path), str(tmp_path / "out"), "--model", "no-such-model"],
+        ["verify", str(tmp_path)],
+        ["no-such-command"],
+    ):
+        result = cotam(*arguments)
+        assert result.returncode == 2, arguments
+        assert result.stderr.startswith("cotam: ") and result.stderr.count("\n") == 1, result.stderr
+        assert result.stdout == ""
+
+
+def test_kill_9_in_the_middle_then_the_same_command(tmp_path: Path) -> None:
+    keys = write_webdataset(tmp_path / "in", 6, 12, width=384, height=256)
+    dst = tmp_path / "out"
+    arguments = ["encode", f"{tmp_path}/in", str(dst), "--json", "--num-workers", "1"]
+    driver = subprocess.Popen([*COTAM, *arguments], env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(dst.glob("_cotam/completed/*.json")):  # the middle: some partitions are there, others are not
+        assert time.monotonic() < deadline and driver.poll() is None
+        time.sleep(0.05)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    survived = len(list(dst.glob("_cotam/completed/*.json")))
+    assert survived < 6
+
+    result = cotam(*arguments)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads(result.stdout)
+    assert summary["num_skipped"] >= survived and summary["num_rows"] == 72
+    assert ds.dataset(dst / "data").to_table(columns=["key"])["key"].to_pylist() == keys
+
+    again = cotam("encode", f"{tmp_path}/in", str(dst))
+    assert again.returncode == 0 and "Nothing to do" in again.stdout
+    changed = cotam("encode", f"{tmp_path}/in", str(dst), "--quality", "2")
+    assert changed.returncode == 2 and "quality=4.0" in changed.stderr
+
+    verified = cotam("verify", str(dst), "--json")
+    assert json.loads(verified.stdout) == {"num_shards": 6, "num_rows": 72, "problems": []}
+    shard = sorted(dst.glob("data/*.parquet"))[2]
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    damaged = cotam("verify", str(dst))
+    assert damaged.returncode == 3 and shard.name in damaged.stdout
+    assert json.loads(cotam("status", str(dst), "--json").stdout)["num_rows"] == 72
+    assert "00000" in cotam("inspect", str(dst), "--limit", "1").stdout

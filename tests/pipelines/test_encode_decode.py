@@ -1,0 +1,232 @@
+"""Corpora through Ray Data into Parquet and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+from moto.server import ThreadedMotoServer
+from PIL import Image
+
+from cotam.codec import Codec
+from cotam.metrics import psnr_rgb
+from cotam.store.readers import Partition
+from cotam.store.records import Completion, RunStore
+from cotam.store.shard import read_rejects
+from cotam.store.verify import verify_shard, verify_store
+from pipelines.counter import Report
+from pipelines.decode import DecodeConfig, DecodeTask, list_shards
+from pipelines.encode import EncodeConfig, EncodeTask
+from pipelines.runner import JobSummary, ResourceError, Resources, run_partitions
+from pipelines.sources import list_partitions
+from tests.corpus import bad_files, photograph, to_bytes, write_webdataset
+
+RESOURCES = Resources(num_workers=2)
+
+
+def encode(source: str, dst: str) -> JobSummary:
+    store = RunStore(dst)
+    config = EncodeConfig()
+    config_hash = store.open_run("encode", dataclasses.asdict(config), [source])
+    make_task = partial(EncodeTask, config, config_hash, "cpu", 1)
+    return run_partitions(make_task, list_partitions(source), store, RESOURCES)
+
+
+def decode(source: str, dst: str, image_format: str) -> JobSummary:
+    store = RunStore(dst)
+    config = DecodeConfig(format=image_format)
+    store.open_run("decode", dataclasses.asdict(config), [source])
+    return run_partitions(partial(DecodeTask, config, "cpu", 1), list_shards(RunStore(source)), store, RESOURCES)
+
+
+def problems(dst: str) -> list[str]:
+    store = RunStore(dst)
+    records = store.completions()
+    codec = Codec.load()
+    return verify_store(store, records) + [p for r in records for p in verify_shard(store, r, codec).problems]
+
+
+def test_webdataset_to_parquet_and_back(tmp_path: Path) -> None:
+    keys = write_webdataset(tmp_path / "in", 3, 7)
+    dst, back = str(tmp_path / "out"), str(tmp_path / "back")
+    summary = encode(str(tmp_path / "in/part-{0000..0002}.tar"), dst)
+    assert (summary.num_images, summary.num_rows, summary.num_rejects, summary.num_failed) == (21, 21, 0, 0)
+
+    table = ds.dataset(f"{dst}/data").to_table()
+    assert table["key"].to_pylist() == keys
+    assert table["txt"].to_pylist() == [f"caption {k} with ünicode" for k in range(21)]
+    query = f"select count(*), sum(octet_length(bitstream) * 8 / (width * height) - bpp) from '{dst}/data/*.parquet'"
+    count, difference = duckdb.sql(query).fetchone()
+    assert count == 21 and abs(difference) < 1e-4
+    assert problems(dst) == []
+
+    decode(dst, back, "webdataset")
+    again = encode(f"{back}/data", str(tmp_path / "again"))
+    assert again.num_rows == 21
+    assert ds.dataset(f"{tmp_path}/again/data").to_table()["json"].to_pylist() == table["json"].to_pylist()
+
+    assert encode(str(tmp_path / "in/*.tar"), dst).num_skipped == 3
+
+
+def test_ten_bad_files_among_good_ones(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    bad = bad_files()
+    for name, (content, _) in bad.items():
+        (folder / name).write_bytes(content)
+    for k in range(5):
+        (folder / f"{k:02d}-good.jpg").write_bytes(to_bytes(photograph(k), quality=90))
+    (folder / "notes.txt").write_text("not an image and not named like one")
+    dst = str(tmp_path / "out")
+    summary = encode(str(folder), dst)
+    expected = {name: error for name, (_, error) in bad.items() if error is not None}
+    assert (summary.num_images, summary.num_rejects, summary.num_failed) == (15, len(expected), 0)
+
+    store = RunStore(dst)
+    rejects = read_rejects(store.root, store.completions()[0].partition_id)
+    assert {r.key for r in rejects} == set(expected)
+    assert all(r.error.startswith(expected[r.key]) and r.stage == "decode" for r in rejects)
+
+    codec = Codec.load()
+    decoded = {
+        r["key"]: codec.decode(r["bitstream"])
+        for r in ds.dataset(f"{dst}/data").to_table(columns=["key", "bitstream"]).to_pylist()
+    }
+    assert decoded["08-long.png"].shape == (1, 20000, 3)
+    assert decoded["09-rotated.jpg"].shape == (48, 32, 3)
+    grey = decoded["04-grey16.png"].astype(int)
+    assert grey[0, 0].max() < 40 and grey[-1, -1].min() > 215
+    assert psnr_rgb(np.asarray(photograph(0)), decoded["05-cmyk.jpg"]) > 22
+    with Image.open(io.BytesIO(bad["06-palette-alpha.png"][0])) as palette:
+        white = Image.new("RGBA", palette.size, "white")
+        expected_pixels = np.asarray(Image.alpha_composite(white, palette.convert("RGBA")).convert("RGB"))
+    assert psnr_rgb(expected_pixels, decoded["06-palette-alpha.png"]) > 22
+
+
+def test_parquet_with_an_image_column(tmp_path: Path) -> None:
+    images = [to_bytes(photograph(k)) for k in range(6)]
+    images[4] = None
+    table = pa.table(
+        {
+            "image": pa.array([{"bytes": i, "path": None} if i else None for i in images]),
+            "id": [f"img/{k}" for k in range(6)],
+            "width": list(range(6)),
+            "boxes": [[1.5, k] for k in range(6)],
+        }
+    )
+    pq.write_table(table, tmp_path / "in.parquet", row_group_size=2)
+    summary = encode(str(tmp_path / "in.parquet"), str(tmp_path / "out"))
+    assert (summary.num_rows, summary.num_rejects) == (5, 1)
+    rows = ds.dataset(tmp_path / "out/data").to_table().to_pylist()
+    assert [r["key"] for r in rows] == [f"img/{k}" for k in (0, 1, 2, 3, 5)]
+    assert [r["member_width"] for r in rows] == [0, 1, 2, 3, 5] and rows[4]["boxes"] == [1.5, 5.0]
+    assert all(r["width"] == 96 for r in rows)
+
+
+def test_png_output_stays_inside_its_folder(tmp_path: Path) -> None:
+    images = [to_bytes(photograph(k)) for k in range(2)]
+    table = pa.table({"jpg": images, "key": ["../../escape", "fine/name"]})
+    pq.write_table(table, tmp_path / "in.parquet")
+    encode(str(tmp_path / "in.parquet"), str(tmp_path / "out"))
+    summary = decode(str(tmp_path / "out"), str(tmp_path / "back"), "png")
+    assert (summary.num_rows, summary.num_rejects) == (1, 1)
+    written = [p.relative_to(tmp_path / "back/data").parts[1:] for p in (tmp_path / "back/data").rglob("*.png")]
+    assert written == [("fine", "name.png")]
+    assert not list(tmp_path.rglob("escape*"))
+
+
+def test_s3_to_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import boto3
+
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():
+            monkeypatch.setenv(name, value)
+        s3 = boto3.client("s3")
+        s3.create_bucket(Bucket="corpus")
+        keys = write_webdataset(tmp_path, 2, 3)
+        for k in range(2):
+            s3.upload_file(str(tmp_path / f"part-{k:04d}.tar"), "corpus", f"in/part-{k:04d}.tar")
+        store = RunStore("s3://corpus/out")
+        config = EncodeConfig()
+        config_hash = store.open_run("encode", dataclasses.asdict(config), ["s3://corpus/in"])
+        environment = {n: os.environ[n] for n in os.environ if n.startswith("AWS_")}
+        make_task = partial(_EncodeWithEnvironment, environment, config, config_hash)
+        with store.lock():
+            summary = run_partitions(make_task, list_partitions("s3://corpus/in/*.tar"), store, RESOURCES)
+        assert (summary.num_rows, summary.num_failed) == (6, 0), summary.failures
+        table = ds.dataset("corpus/out/data", filesystem=store.root.fs).to_table()
+        assert table["key"].to_pylist() == keys
+        assert problems("s3://corpus/out") == []
+    finally:
+        server.stop()
+
+
+class _EncodeWithEnvironment(EncodeTask):
+    """Ray's workers were started before the test set its S3 server."""
+
+    def __init__(self, environment: dict[str, str], config: EncodeConfig, config_hash: str) -> None:
+        os.environ.update(environment)
+        super().__init__(config, config_hash, "cpu", 1)
+
+
+class _Deadly(EncodeTask):
+    """Kills its worker on one partition, as a decoder with a fault would."""
+
+    def process(self, partition: Partition, store: RunStore, report: Report) -> Completion:
+        if "part-0001" in partition.source:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().process(partition, store, report)
+
+
+def test_a_partition_that_kills_workers_fails_alone_and_a_rerun_retries_just_that(tmp_path: Path) -> None:
+    write_webdataset(tmp_path / "in", 3, 2)
+    dst = str(tmp_path / "out")
+    store = RunStore(dst)
+    config = EncodeConfig()
+    config_hash = store.open_run("encode", dataclasses.asdict(config), ["in"])
+    partitions = list_partitions(str(tmp_path / "in"))
+    summary = run_partitions(partial(_Deadly, config, config_hash, "cpu", 1), partitions, store, RESOURCES)
+    assert (summary.num_rows, summary.num_failed) == (4, 1)
+    assert "workers died" in summary.failures[0]["error"]
+    summary = encode(str(tmp_path / "in"), dst)
+    assert (summary.num_skipped, summary.num_rows, summary.num_failed) == (2, 6, 0)
+    assert problems(dst) == []
+
+
+def test_a_source_that_disappears_is_one_failed_partition(tmp_path: Path) -> None:
+    write_webdataset(tmp_path / "in", 2, 2)
+    partitions = list_partitions(str(tmp_path / "in"))
+    (tmp_path / "in/part-0000.tar").unlink()
+    store = RunStore(str(tmp_path / "out"))
+    config = EncodeConfig()
+    config_hash = store.open_run("encode", dataclasses.asdict(config), ["in"])
+    summary = run_partitions(partial(EncodeTask, config, config_hash, "cpu", 1), partitions, store, RESOURCES)
+    assert (summary.num_rows, summary.num_failed) == (2, 1)
+    assert "part-0000.tar" in summary.failures[0]["error"]
+
+
+def test_more_than_the_cluster_has_is_refused_instead_of_waiting(tmp_path: Path) -> None:
+    write_webdataset(tmp_path / "in", 1, 1)
+    partitions = list_partitions(str(tmp_path / "in"))
+    store = RunStore(str(tmp_path / "out"))
+    for resources in (Resources(gpus_per_worker=1), Resources(cpus_per_worker=64), Resources(num_workers=64)):
+        with pytest.raises(ResourceError, match="the cluster has"):
+            run_partitions(partial(EncodeTask, EncodeConfig(), "", "cpu", 1), partitions, store, resources)

@@ -1,0 +1,67 @@
+"""Listing partitions: deterministic, sensitive to changes, and clear when there is nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import sources
+from pipelines.sources import SourceError, list_partitions
+from tests.corpus import photograph, to_bytes, write_webdataset
+
+
+def test_braces_globs_and_folders_name_the_same_partitions(tmp_path: Path) -> None:
+    write_webdataset(tmp_path, 3, 1)
+    by_braces = list_partitions(f"{tmp_path}/part-{{0000..0002}}.tar")
+    assert [p.source for p in by_braces] == [f"{tmp_path}/part-{k:04d}.tar" for k in range(3)]
+    assert list_partitions(f"{tmp_path}/*.tar") == by_braces == list_partitions(str(tmp_path))
+
+
+def test_a_changed_tar_is_a_new_partition(tmp_path: Path) -> None:
+    write_webdataset(tmp_path, 2, 1)
+    before = list_partitions(str(tmp_path))
+    with (tmp_path / "part-0001.tar").open("ab") as file:
+        file.write(bytes(512))
+    after = list_partitions(str(tmp_path))
+    assert before[0] == after[0]
+    assert before[1].partition_id != after[1].partition_id
+
+
+def test_folders_of_images_are_cut_into_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "FILES_PER_PARTITION", 2)
+    image = to_bytes(photograph(0))
+    names = ["a/3.jpg", "a/1.PNG", "b.webp", ".hidden/x.jpg", "notes.txt"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(image)
+    assert [p.paths for p in list_partitions(str(tmp_path))] == [("a/1.PNG", "a/3.jpg"), ("b.webp",)]
+
+
+def test_parquet_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "PARQUET_PARTITION_BYTES", 1)
+    pq.write_table(pa.table({"image": [b"x"] * 6}), tmp_path / "in.parquet", row_group_size=2)
+    assert [p.row_groups for p in list_partitions(str(tmp_path))] == [(0, 1), (1, 2), (2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.tar", "does not exist"),
+        ("*.tar", "no file matches"),
+        ("{0..1.tar", "unbalanced braces|does not exist"),
+        ("empty", "no tar, Parquet or image file"),
+        ("file.bin", "neither a tar nor a Parquet file"),
+        ("wrong.parquet", "wrong.parquet"),
+        ("text.parquet", "cannot tell which column"),
+    ],
+)
+def test_nothing_to_read_is_said_clearly(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.bin").write_bytes(b"x")
+    (tmp_path / "wrong.parquet").write_bytes(b"not parquet")
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "text.parquet")
+    with pytest.raises(SourceError, match=message):
+        list_partitions(f"{tmp_path}/{name}")
