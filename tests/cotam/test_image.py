@@ -1,0 +1,162 @@
+"""decode_image: what people store becomes upright RGB, and what is no image becomes an ImageError."""
+
+from __future__ import annotations
+
+import io
+import struct
+import time
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cotam.image import MAX_PIXELS, ImageError, RGBImage, decode_image, encode_image
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def _save(image: Image.Image, format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def _png16(samples: np.ndarray[Any, np.dtype[np.uint16]]) -> bytes:
+    """A 16-bit PNG of (H, W) grey or (H, W, 3) RGB samples, which Pillow cannot write for RGB."""
+    height, width = samples.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
+    header = struct.pack(">IIBBBBB", width, height, 16, 0 if samples.ndim == 2 else 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(rows)) + _chunk(b"IEND", b"")
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def _close(pixels: RGBImage, expected: Any, tolerance: int = 6) -> bool:
+    return bool((np.abs(pixels.astype(int) - np.asarray(expected)) <= tolerance).all())
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF"])
+def test_every_common_format(format: str) -> None:
+    pixels = np.full((24, 40, 3), (200, 100, 50), np.uint8)
+    decoded = decode_image(encode_image(pixels, format))
+    assert decoded.format == format
+    assert decoded.pixels.dtype == np.uint8
+    assert decoded.pixels.shape == (24, 40, 3)
+    assert decoded.pixels.flags["C_CONTIGUOUS"]
+    assert _close(decoded.pixels, pixels)
+
+
+def test_png_is_lossless(photos: dict[str, RGBImage]) -> None:
+    np.testing.assert_array_equal(decode_image(encode_image(photos["coffee"])).pixels, photos["coffee"])
+
+
+def test_16_bit_samples_keep_their_upper_8_bits() -> None:
+    grey = (np.arange(12, dtype=np.uint16) * 5000).reshape(3, 4)
+    expected = (grey >> 8).astype(np.uint8)[..., None].repeat(3, axis=2)
+    np.testing.assert_array_equal(decode_image(_png16(grey)).pixels, expected)
+    rgb = (np.arange(36, dtype=np.uint16) * 1800).reshape(3, 4, 3)
+    np.testing.assert_array_equal(decode_image(_png16(rgb)).pixels, (rgb >> 8).astype(np.uint8))
+    tiff = _save(Image.fromarray(grey), "TIFF")
+    np.testing.assert_array_equal(decode_image(tiff).pixels, expected)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr"])
+def test_other_colour_models_become_rgb(mode: str) -> None:
+    white = Image.new("RGB", (20, 10), "white").convert(mode)
+    format = "JPEG" if mode in ("CMYK", "YCbCr") else "PNG"
+    assert _close(decode_image(_save(white, format)).pixels, np.full((10, 20, 3), 255))
+
+
+def test_transparency_is_over_white() -> None:
+    rgba = Image.new("RGBA", (8, 8), (*RED, 255))
+    rgba.paste((0, 0, 0, 0), (0, 0, 4, 8))
+    rgba.paste((0, 0, 0, 128), (4, 0, 8, 4))
+    pixels = decode_image(_save(rgba, "PNG")).pixels
+    assert (pixels[:, :4] == 255).all()
+    assert _close(pixels[:4, 4:], 127)
+    assert (pixels[4:, 4:] == RED).all()
+
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([*BLUE, *RED])
+    palette.paste(0, (0, 0, 4, 8))
+    pixels = decode_image(_save(palette, "PNG", transparency=0)).pixels
+    assert (pixels[:, :4] == 255).all()
+    assert (pixels[:, 4:] == RED).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotated_images_come_out_upright(orientation: int) -> None:
+    upright = np.zeros((32, 48, 3), np.uint8)
+    upright[:16, :16] = RED
+    upright[:16, 32:] = BLUE
+    # How a camera stores the scene under each orientation: the inverse of what a viewer has to do.
+    stored = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a, 1),
+        7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+        8: lambda a: np.rot90(a, -1),
+    }[orientation](upright)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode_image(np.ascontiguousarray(stored), "JPEG", exif=exif, quality=95, subsampling=0)
+    assert _close(decode_image(data).pixels[4:-4:8, 4:-4:8], upright[4:-4:8, 4:-4:8])
+
+
+def test_first_frame_of_an_animation() -> None:
+    frames = [Image.new("RGB", (9, 7), colour) for colour in (RED, BLUE)]
+    decoded = decode_image(_save(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    assert decoded.format == "GIF"
+    assert (decoded.pixels == np.full((7, 9, 3), RED)).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 20000), (20000, 1)])
+def test_extreme_shapes(size: tuple[int, int]) -> None:
+    assert decode_image(encode_image(np.zeros((*size, 3), np.uint8))).pixels.shape == (*size, 3)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "empty file"),
+        (b"this is a text that someone named photo.jpg\n", "not an image in a known format"),
+        (encode_image(np.zeros((64, 64, 3), np.uint8), "JPEG")[:400], "corrupt or truncated"),
+        (encode_image(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))[:9000], "corrupt or truncated"),
+        (b"\xff\xd8\xff\xe0" + bytes(100), "not an image|corrupt or truncated"),
+    ],
+    ids=["empty", "text", "truncated JPEG", "truncated PNG", "JPEG header only"],
+)
+def test_bad_bytes_are_named(data: bytes, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        decode_image(data)
+
+
+@pytest.mark.parametrize("side_px", [MAX_PIXELS**0.5 + 1, 60_000])
+def test_decompression_bomb_is_refused_before_it_is_decoded(side_px: float) -> None:
+    header = struct.pack(">IIBBBBB", int(side_px), int(side_px), 8, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(bytes(10**6)))
+    start = time.perf_counter()
+    with pytest.raises(ImageError, match="pixels"):
+        decode_image(data)
+    assert time.perf_counter() - start < 1
+
+
+def test_altered_files_never_raise_anything_else(photos: dict[str, RGBImage]) -> None:
+    rng = np.random.default_rng(0)
+    files = [encode_image(photos["chelsea"][:48, :48], format) for format in ("PNG", "JPEG", "WEBP", "GIF", "TIFF")]
+    for k in range(500):
+        data = bytearray(files[k % len(files)])
+        for at in rng.integers(len(data), size=4):
+            data[at] = rng.integers(256)
+        try:
+            pixels = decode_image(bytes(data)).pixels
+        except ImageError:
+            continue
+        assert pixels.ndim == 3

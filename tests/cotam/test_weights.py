@@ -1,0 +1,120 @@
+"""Codec files: the same bytes again when saved again, and anything that is no intact codec file is refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import load, save
+
+from cotam import weights
+from cotam.codec import Codec
+from cotam.weights import FORMAT, dump_codec, parse_codec, read_weights
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@pytest.fixture(scope="module")
+def file_bytes(codec: Codec) -> bytes:
+    return dump_codec(codec.model)
+
+
+@pytest.fixture(scope="module")
+def config(file_bytes: bytes) -> dict[str, Any]:
+    header_bytes = int.from_bytes(file_bytes[:8], "little")
+    metadata = json.loads(file_bytes[8 : 8 + header_bytes])["__metadata__"]
+    return dict(json.loads(metadata["config"]))
+
+
+def test_saving_a_loaded_codec_gives_its_bytes_and_identity(codec: Codec, file_bytes: bytes, tmp_path: Path) -> None:
+    (tmp_path / "codec.safetensors").write_bytes(file_bytes)
+    loaded = Codec.load(str(tmp_path / "codec.safetensors"))
+    assert dump_codec(loaded.model) == file_bytes
+    assert loaded.sha256 == codec.sha256
+
+
+def test_continued_training_starts_from_the_very_same_integers(file_bytes: bytes) -> None:
+    """Thawed by train(), the integer layers quantise their parameters to what was stored."""
+    model = parse_codec(file_bytes, "codec").model
+    assert dump_codec(model.train()) == file_bytes
+
+
+def _with(**changes: NDArray[Any]) -> Callable[[Arrays], None]:
+    return lambda arrays: arrays.update(changes)
+
+
+def _change(name: str, value: int) -> Callable[[Arrays], None]:
+    def change(arrays: Arrays) -> None:
+        arrays[name].flat[0] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("alter", "message"),
+    [
+        (lambda a: a.pop("g_a.linear.weight"), "does not fit its own configuration.*g_a.linear.weight"),
+        (lambda a: a.pop("tables.cdf"), "does not fit its own configuration.*tables.cdf"),
+        (_with(**{"g_a.linear.weight": np.zeros((2, 3), np.float16)}), "does not fit its own configuration"),
+        (_with(**{"tables.start": np.zeros(65, np.int32)}), "CDF tables"),
+        (_change("tables.cdf", 5), "CDF tables"),
+        (_change("entropy_parameters.first.mix.weight", -128), "not in normal form"),
+        (_change("entropy_parameters.first.mix.bias", 2**30), "overflow"),
+        (_change("entropy_parameters.first.mix.exponent", 100), "codec"),
+        (_change("z_indexes", 64), "z_indexes|configuration"),
+    ],
+)  # fmt: skip
+def test_tampered_arrays_are_refused(
+    file_bytes: bytes, config: dict[str, Any], alter: Callable[[Arrays], object], message: str
+) -> None:
+    arrays = {name: array.copy() for name, array in load(file_bytes).items()}
+    alter(arrays)
+    with pytest.raises(ValueError, match=message):
+        parse_codec(save(arrays, {"format": FORMAT, "config": json.dumps(config)}), "codec")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (None, "codec has format None, this version reads"),
+        ({"format": "cotam-codec/9"}, "codec has format 'cotam-codec/9', this version reads"),
+        ({"format": FORMAT}, "config"),
+        ({"format": FORMAT, "config": "no json"}, "config"),
+        ({"format": FORMAT, "config": "[1]"}, "config"),
+        ({"format": FORMAT, "config": '{"N_w": 3}'}, "unknown key 'N_w'"),
+        ({"format": FORMAT, "config": '{"M": "wide"}'}, "config"),
+        ({"format": FORMAT, "config": '{"M": 64}'}, "does not fit its own configuration"),
+    ],
+)
+def test_other_metadata_is_refused(file_bytes: bytes, metadata: dict[str, str] | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_codec(save(load(file_bytes), metadata), "codec")
+
+
+@pytest.mark.parametrize("data", [b"", b"\x80\x04pickle", bytes(100), b"\xff" * 100], ids=["empty", "text", "0", "255"])
+def test_other_files_are_refused(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "other.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match=r"other\.safetensors is not a safetensors file"):
+        Codec.load(str(tmp_path / "other.safetensors"))
+
+
+def test_truncated_file_is_refused(file_bytes: bytes) -> None:
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        parse_codec(file_bytes[:-1], "codec")
+
+
+def test_damaged_packaged_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(weights.PACKAGED, "cotam-base", "0" * 64)
+    with pytest.raises(ValueError, match="packaged weights cotam-base are damaged"):
+        read_weights("cotam-base")
+
+
+@pytest.mark.parametrize("name", ["cotam-giant", "missing/codec.safetensors", "memory://missing.safetensors"])
+def test_unknown_names_are_file_not_found(name: str) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_weights(name)
