@@ -2,8 +2,8 @@
 
     python benchmarks/kodak.py --images KODAK --curves kodak_rd.json --out docs/rate-distortion
 
-`--curves` is a JSON file {"curves": {codec: {"bpp": [...], "psnr_rgb": [...]}}}. Rates and PSNR are means over images, as in
-the published curves. Writes OUT.json and OUT.png, and prints the tables in Markdown.
+`--curves` is a JSON file {"curves": {codec: {"bpp": [...], "psnr_rgb": [...]}}}. Rates and PSNR are means over images,
+as in the published curves. Writes OUT.json and OUT.png, and prints the tables in Markdown.
 """
 
 from __future__ import annotations
@@ -51,8 +51,16 @@ def plot(points: list[dict[str, object]], curves: dict[str, dict[str, list[float
     axes = figure.subplots()
     for name, curve in curves.items():
         axes.plot(curve["bpp"], curve["psnr_rgb"], ".-", lw=1, ms=4, alpha=0.75, label=NAMES.get(name, name))
-    axes.plot([p["bpp"] for p in points], [p["psnr_rgb"] for p in points], "o-", color="black", lw=2, label="cotam-base")
-    axes.set(xlabel="bits per pixel", ylabel="PSNR RGB (dB)", xlim=(0, 1.3), ylim=(25, 39), title="Kodak, mean over 24 images")
+    axes.plot(
+        [p["bpp"] for p in points], [p["psnr_rgb"] for p in points], "o-", color="black", lw=2, label="cotam-base"
+    )
+    axes.set(
+        xlabel="bits per pixel",
+        ylabel="PSNR RGB (dB)",
+        xlim=(0, 1.3),
+        ylim=(25, 39),
+        title="Kodak, mean over 24 images",
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)

@@ -1,13 +1,13 @@
 """The container of one image: pack, unpack, validate. docs/format.md specifies it.
 
-    version      1 byte
-    model id     4 bytes, the start of the weights' sha256
-    flags        1 byte: bits 0-1 log2 of the rANS lanes, bit 2 a quality map follows, others 0
-    quality      1 byte, the quality index of a uniform map (0 where a map follows)
-    width, height           varints
-    length of map_string    varint, only with a quality map
-    map_string, latent_string
-    CRC32        4 bytes over everything before it, little-endian
+version      1 byte
+model id     4 bytes, the start of the weights' sha256
+flags        1 byte: bits 0-1 log2 of the rANS lanes, bit 2 a quality map follows, others 0
+quality      1 byte, the quality index of a uniform map (0 where a map follows)
+width, height           varints
+length of map_string    varint, only with a quality map
+map_string, latent_string
+CRC32        4 bytes over everything before it, little-endian
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Bitstream(NamedTuple):
 
 
 def pack(stream: Bitstream) -> bytes:
-    """The byte string of a bitstream; at most 20 bytes more than its substreams for images up to 16383 pixels a side."""
+    """The byte string: at most 20 bytes more than its substreams for images up to 16383 pixels a side."""
     flags = stream.lanes_log2 | (_HAS_MAP if stream.map_string else 0)
     parts = [
         bytes([VERSION]),

@@ -45,7 +45,10 @@ class CompressedImage(NamedTuple):
 
 
 class DecompressedImage(NamedTuple):
-    """One image between the entropy decoder and the synthesis: ``y_fixed`` (M, h, w), integers in float32, in 1/MEAN_STEPS."""
+    """One image between the entropy decoder and the synthesis.
+
+    y_fixed: (M, h, w), integers in float32, in units of 1/MEAN_STEPS of a quantisation step.
+    """
 
     width: int
     height: int
@@ -144,7 +147,8 @@ class Codec:
     ) -> QualityIndex:
         """The quality index of a uniform ``quality``, or the map of an importance map: uint8 on the latent grid.
 
-        quality_map = round and clip of quality + strength * (importance - its mean). Arguments and errors as ``encode``.
+        quality_map = round and clip of quality + strength * (importance - its mean). Arguments and errors as in
+        ``encode``.
         """
         check_rgb(image)
         num_levels = self.model.config.num_levels
@@ -173,19 +177,22 @@ class Codec:
         for image in images:
             check_rgb(image)
             if image.shape[0] * image.shape[1] > self.max_pixels:
-                raise ValueError(f"image of {image.shape[1]}x{image.shape[0]} pixels, over the limit of {self.max_pixels}")
+                raise ValueError(
+                    f"image of {image.shape[1]}x{image.shape[0]} pixels, over the limit of {self.max_pixels}"
+                )
         keys = [
             (-(-i.shape[0] // LATENT_STRIDE), -(-i.shape[1] // LATENT_STRIDE), isinstance(q, int))
             for i, q in zip(images, quality_indexes, strict=True)
         ]
         return _in_groups(
-            keys, self._group_size, lambda at: self._compress_group([images[i] for i in at], [quality_indexes[i] for i in at])
+            keys,
+            self._group_size,
+            lambda at: self._compress_group([images[i] for i in at], [quality_indexes[i] for i in at]),
         )
 
     def pack(self, compressed: CompressedImage) -> bytes:
         """The CPU stage of encoding: entropy coding and the container."""
         q = compressed.quality_index
-        is_map = not isinstance(q, int)
         _, h, w = compressed.symbols.shape
         segments = [
             (compressed.z.ravel(), self._z_rows(q, h, w)),
@@ -193,13 +200,9 @@ class Codec:
             gather_half(compressed.symbols, compressed.rows, 1, NUM_SKIPPED_SCALES),
         ]
         latent_string, lanes_log2 = self._coder.encode(segments)
-        map_string = encode_quality_map(q, self._coder) if is_map else b""
-        return pack(
-            Bitstream(
-                self.model_id, compressed.width, compressed.height, 0 if is_map else int(q), lanes_log2,
-                map_string, latent_string,
-            )
-        )  # fmt: skip
+        index, map_string = (q, b"") if isinstance(q, int) else (0, encode_quality_map(q, self._coder))
+        size = compressed.width, compressed.height
+        return pack(Bitstream(self.model_id, *size, index, lanes_log2, map_string, latent_string))
 
     def decompress(self, strings: Sequence[bytes], executor: Executor | None = None) -> list[DecompressedImage]:
         """Entropy decoding and the integer network, in batches of one latent size. Errors as ``decode``."""
@@ -223,7 +226,10 @@ class Codec:
         return 1 if self.device.type == "cpu" else 16
 
     def _compress_group(self, images: list[RGBImage], quality: list[QualityIndex]) -> list[CompressedImage]:
-        padded = [np.pad(i, ((0, -i.shape[0] % LATENT_STRIDE), (0, -i.shape[1] % LATENT_STRIDE), (0, 0)), "edge") for i in images]
+        padded = [
+            np.pad(i, ((0, -i.shape[0] % LATENT_STRIDE), (0, -i.shape[1] % LATENT_STRIDE), (0, 0)), "edge")
+            for i in images
+        ]
         x = torch.from_numpy(np.stack(padded)).to(self.device).permute(0, 3, 1, 2).float().div_(255)
         latents = self.model.compress(x, self._q(quality))
         z = _to_numpy(latents.z, torch.int16)

@@ -74,7 +74,9 @@ def check_rgb(image: RGBImage) -> None:
     """Raise ValueError unless ``image`` is a non-empty uint8 array of shape (H, W, 3)."""
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         shape = getattr(image, "shape", None)
-        raise ValueError(f"expected a uint8 array of shape (H, W, 3), got {getattr(image, 'dtype', type(image))} {shape}")
+        raise ValueError(
+            f"expected a uint8 array of shape (H, W, 3), got {getattr(image, 'dtype', type(image))} {shape}"
+        )
     if image.size == 0:
         raise ValueError(f"image has no pixels: {image.shape}")
 

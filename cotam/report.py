@@ -27,9 +27,11 @@ _SHOWN_PX = 420
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #1c2733; }
 table { border-collapse: collapse; margin: 1em 0; } th, td { padding: .3em .9em; text-align: right; }
-th { border-bottom: 2px solid #1c2733; } td { border-bottom: 1px solid #d9dfe5; } th:first-child, td:first-child { text-align: left; }
+th { border-bottom: 2px solid #1c2733; } td { border-bottom: 1px solid #d9dfe5; }
+th:first-child, td:first-child { text-align: left; }
 .pair { display: flex; gap: 12px; flex-wrap: wrap; margin: 1.6em 0; } figure { margin: 0; } img { max-width: 100%; }
-figcaption { font-size: 13px; color: #526070; } .good { color: #0a7a4b; font-weight: 600; } .bad { color: #b3261e; font-weight: 600; }
+figcaption { font-size: 13px; color: #526070; }
+.good { color: #0a7a4b; font-weight: 600; } .bad { color: #b3261e; font-weight: 600; }
 """
 
 
@@ -61,10 +63,11 @@ def write_report(path: Path, stores: Mapping[float, str], shown_quality: float) 
     shown = results[shown_quality]
     store = RunStore(stores[shown_quality])
     rejects = [r for c in store.completions() for r in read_rejects(store.root, c.partition_id)]
+    model = store.manifest()["config"]["model"]
     parts = [
         "<h1>CoTAM demo</h1>",
-        f"<p>{len(shown)} photographs were encoded to Parquet with <code>{html.escape(store.manifest()['config']['model'])}"
-        "</code>, read back and decoded. Every figure is measured on stored bytes and decoded pixels.</p>",
+        f"<p>{len(shown)} photographs were encoded to Parquet with <code>{html.escape(model)}</code>, read back and"
+        " decoded. Every figure is measured on stored bytes and decoded pixels.</p>",
         _summary_table(results),
         f'<p><img src="{_data_uri(_plot(results), "png")}" alt="Bits per pixel against PSNR"></p>',
         f"<h2>Quality {shown_quality:g}, image by image</h2>",
@@ -112,7 +115,10 @@ def _summary_table(results: Mapping[float, list[_Result]]) -> str:
         ]
         rows.append(cells)
     head = ["quality", "mean bpp", "mean PSNR", "bytes", "of the source files", "against JPEG*", "against WebP*"]
-    return _table(head, rows) + "<p>* bytes at equal PSNR, image by image; images out of the other codec's range left out</p>"
+    return (
+        _table(head, rows)
+        + "<p>* bytes at equal PSNR, image by image; images out of the other codec's range left out</p>"
+    )
 
 
 def _image_table(items: list[_Result]) -> str:
@@ -128,7 +134,9 @@ def _image_table(items: list[_Result]) -> str:
         ]
         for r in items
     ]
-    return _table(["image", "size", "bpp", "PSNR", "source file", "CoTAM", "JPEG, equal PSNR", "WebP, equal PSNR"], rows)
+    return _table(
+        ["image", "size", "bpp", "PSNR", "source file", "CoTAM", "JPEG, equal PSNR", "WebP, equal PSNR"], rows
+    )
 
 
 def _against(items: list[_Result], name: str) -> str:
@@ -166,7 +174,9 @@ def _plot(results: Mapping[float, list[_Result]]) -> bytes:
             areas = [r.original.shape[0] * r.original.shape[1] for r in items]
             # A mean over other images would be no comparison.
             complete = all(size is not None for size in sizes)
-            rates.append(float(np.mean([8 * (s or 0) / a for s, a in zip(sizes, areas, strict=True)])) if complete else np.nan)
+            rates.append(
+                float(np.mean([8 * (s or 0) / a for s, a in zip(sizes, areas, strict=True)])) if complete else np.nan
+            )
         axes.plot(rates, psnr, style, label={"jpeg": "JPEG", "webp": "WebP"}.get(name, name))
     axes.set(xlabel="bits per pixel, mean over images", ylabel="PSNR RGB (dB), mean over images")
     axes.grid(alpha=0.3)

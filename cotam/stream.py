@@ -69,9 +69,7 @@ def encode_stream(
         yield from ordered_map(coders, lambda c: _pack(c, codec), prefetch(compressed, _BATCH_IMAGES), 2 * num_threads)
 
 
-def decode_stream(
-    rows: Iterable[Row], codec: Codec, num_threads: int = 2
-) -> Iterator[DecodedRow | Reject]:
+def decode_stream(rows: Iterable[Row], codec: Codec, num_threads: int = 2) -> Iterator[DecodedRow | Reject]:
     """Decode rows: one image or one reject for each, in order. Arguments and errors as ``encode_stream``."""
     with ThreadPoolExecutor(num_threads, thread_name_prefix="cotam-rans") as coders:
         batches = _batches(prefetch(rows, 2 * _BATCH_IMAGES), lambda r: r.width * r.height)
@@ -189,7 +187,9 @@ def _pack(item: _Compressed | Reject, codec: Codec) -> Row | Reject:
     )
 
 
-def _decode_rows(batch: list[Row | Reject], codec: Codec, executor: ThreadPoolExecutor) -> Iterator[DecodedRow | Reject]:
+def _decode_rows(
+    batch: list[Row | Reject], codec: Codec, executor: ThreadPoolExecutor
+) -> Iterator[DecodedRow | Reject]:
     rows = [item for item in batch if isinstance(item, Row)]
     try:
         images: Iterable[RGBImage | BitstreamError] = codec.decode_batch([r.bitstream for r in rows], executor)

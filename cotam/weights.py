@@ -106,20 +106,20 @@ def parse_codec(data: bytes, where: str) -> LoadedCodec:
         raise ValueError(f"{where} is not a safetensors file: {error}") from None
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{where} has format {metadata.get('format')!r}, this version reads {FORMAT!r}")
-    model = CodecModel(from_mapping(CodecConfig, json.loads(metadata["config"]), where))
     try:
+        model = CodecModel(from_mapping(CodecConfig, json.loads(metadata["config"])))
         tables = Tables(arrays["tables.cdf"], arrays["tables.start"], arrays["tables.radius"])
+        check_tables(tables)
         _load_state(model, arrays)
-    except (KeyError, RuntimeError) as error:
+        model.freeze()
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{where} does not fit its own configuration: {error}") from None
-    check_tables(tables)
-    model.freeze()
     _check_integers(model, arrays, where)
     return LoadedCodec(model, tables, hashlib.sha256(data).hexdigest())
 
 
 def _with_sorted_header(data: bytes) -> bytes:
-    """The same file with its header in one order: safetensors writes metadata in a random one, and bytes are identity."""
+    """The same file with its header sorted: safetensors writes metadata in random order, but bytes are identity."""
     header_bytes = int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8 : 8 + header_bytes]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)

@@ -45,7 +45,7 @@ def _run() -> int:
         warn(f"cotam: {error}")
         return EXIT_INCOMPLETE
     except TyperException as error:
-        message = str(getattr(error, "format_message", lambda: str(error))())
+        message = str(getattr(error, "format_message", error.__str__)())
         warn(message if message.startswith("Usage:") else f"cotam: {message}")
         return EXIT_USAGE
     except (typer.Abort, KeyboardInterrupt):

@@ -44,7 +44,5 @@ def decode(
         store.open_run("decode", dataclasses.asdict(config), [src])
         device = "cuda" if gpus_per_worker else "cpu"
         make_task = partial(DecodeTask, config, device, max(1, round(cpus_per_worker)))
-        resources = Resources(
-            num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker
-        )
+        resources = Resources(num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker)
         run_job(make_task, shards, store, resources, ray_address, as_json)

@@ -33,7 +33,9 @@ _PHOTOGRAPHS = {
 
 
 def demo(
-    out: Annotated[Path, typer.Argument(help="Folder for the corpus, the stores and report.html; replaced.")] = Path("demo-out"),
+    out: Annotated[Path, typer.Argument(help="Folder for the corpus, the stores and report.html; replaced.")] = Path(
+        "demo-out"
+    ),
     model: Model = "cotam-base",
 ) -> None:
     """Encode a small corpus, decode it, compare with JPEG and WebP, and write a report (about a minute)."""

@@ -20,7 +20,9 @@ def encode(
     image_column: Annotated[str | None, typer.Option(help="Image column of Parquet input.")] = None,
     max_pixels: Annotated[int, typer.Option(help="Larger images are rejects.", min=1)] = MAX_PIXELS,
     keep_rejects: Annotated[bool, typer.Option(help="Keep the original bytes of rejects.")] = True,
-    max_reject_rate: Annotated[float, typer.Option(help="More rejects than this fraction: exit 3.", min=0, max=1)] = 1.0,
+    max_reject_rate: Annotated[
+        float, typer.Option(help="More rejects than this fraction: exit 3.", min=0, max=1)
+    ] = 1.0,
     num_workers: NumWorkers = 0,
     cpus_per_worker: CpusPerWorker = 1.0,
     gpus_per_worker: GpusPerWorker = 0.0,
@@ -48,7 +50,5 @@ def encode(
         config_hash = store.open_run("encode", dataclasses.asdict(config), [src])
         device = "cuda" if gpus_per_worker else "cpu"
         make_task = partial(EncodeTask, config, config_hash, device, max(1, round(cpus_per_worker)))
-        resources = Resources(
-            num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker
-        )
+        resources = Resources(num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker)
         run_job(make_task, partitions, store, resources, ray_address, as_json, max_reject_rate)

@@ -38,7 +38,9 @@ def run_job(
         _print_summary(summary, store.root.uri)
     if summary.num_failed:
         shown = "; ".join(f"{f['partition_id']}: {f['error']}" for f in summary.failures[:3])
-        raise Incomplete(f"{summary.num_failed} of {summary.num_partitions} partitions failed, run again to retry: {shown}")
+        raise Incomplete(
+            f"{summary.num_failed} of {summary.num_partitions} partitions failed, run again to retry: {shown}"
+        )
     if summary.num_rejects > max_reject_rate * summary.num_images:
         rate = summary.num_rejects / summary.num_images
         raise Incomplete(f"{rate:.1%} of the images are rejects, more than --max-reject-rate {max_reject_rate}")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from cotam.store.records import RunStore, StoreError
 from jobs.console import megabytes, print_json, say
 from jobs.options import Json, Store
+
+_SUMS = ("num_images", "num_rows", "num_rejects", "num_pixels", "source_num_bytes", "bitstream_num_bytes")
 
 
 def status(dst: Store, as_json: Json = False) -> None:
@@ -17,11 +17,7 @@ def status(dst: Store, as_json: Json = False) -> None:
     except FileNotFoundError:
         raise StoreError(f"{dst} has no manifest: nothing was encoded or decoded there") from None
     records, failures = store.completions(), store.failures()
-    total = {
-        f.name: sum(getattr(r, f.name) for r in records)
-        for f in dataclasses.fields(records[0] if records else _empty())
-        if f.name.startswith("num_") or f.name.endswith("_num_bytes") and not f.name.startswith("data")
-    }
+    total = {name: sum(getattr(r, name) for r in records) for name in _SUMS}
     bpp = 8 * total["bitstream_num_bytes"] / total["num_pixels"] if total["num_pixels"] else None
     if as_json:
         print_json({"manifest": manifest, "num_partitions": len(records), "failures": failures, "bpp": bpp, **total})

@@ -20,7 +20,9 @@ def _group() -> None:
 def codec(
     out: Annotated[Path, typer.Argument(help="Folder for checkpoint, log, weights and model card.")],
     config: Annotated[Path | None, typer.Option(help="YAML file with the fields of CodecTrainConfig.")] = None,
-    train: Annotated[list[str] | None, typer.Option(help="WebDataset tars (braces allowed); overrides the file.")] = None,
+    train: Annotated[
+        list[str] | None, typer.Option(help="WebDataset tars (braces allowed); overrides the file.")
+    ] = None,
     evaluation: Annotated[list[str] | None, typer.Option("--eval", help="Held-out tars; overrides the file.")] = None,
     max_minutes: Annotated[float | None, typer.Option(help="Length of the schedule in minutes of training.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Length of the schedule in steps.")] = None,

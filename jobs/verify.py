@@ -30,7 +30,9 @@ def verify(
     except FileNotFoundError:
         raise StoreError(f"{dst} has no manifest: nothing was encoded there") from None
     if manifest["kind"] != "encode":
-        raise StoreError(f"{dst} is the output of `cotam {manifest['kind']}`; only `cotam encode` output can be verified")
+        raise StoreError(
+            f"{dst} is the output of `cotam {manifest['kind']}`; only `cotam encode` output can be verified"
+        )
     config = manifest["config"]
     codec = Codec.load(config["model"], max_pixels=config["max_pixels"]) if decode else None
     records = store.completions()
@@ -50,4 +52,6 @@ def verify(
             decoded = "every bitstream decodes" if decode else "bitstreams not decoded"
             say(f"{len(records)} shards, {num_rows} rows: hashes and counts are right, {decoded}.")
     if problems:
-        raise Incomplete(f"{len(problems)} problems in {dst}; delete the completion records of those shards and encode again")
+        raise Incomplete(
+            f"{len(problems)} problems in {dst}; delete the completion records of those shards and encode again"
+        )

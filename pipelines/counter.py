@@ -1,4 +1,4 @@
-"""Counting what a task does with its partition: for the progress bar on the way, for the completion record at the end."""
+"""Counting what a task does with its partition, for the progress bar and the completion record."""
 
 from __future__ import annotations
 

@@ -13,15 +13,9 @@ import os
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
-
-os.environ.setdefault("RAY_DATA_USE_DATASOURCE_V2", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ core prints a harmless error for every actor
-warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")  # the only way to bound retries in 2.60
 
 import ray
 import ray.data
@@ -180,7 +174,9 @@ def _run_wave(
     pool_size: int,
     progress: Any,
 ) -> None:
-    dataset = ray.data.from_items([{"partition": json.dumps(dataclasses.asdict(p))} for p in wave], override_num_blocks=len(wave))
+    dataset = ray.data.from_items(
+        [{"partition": json.dumps(dataclasses.asdict(p))} for p in wave], override_num_blocks=len(wave)
+    )
     results = dataset.map_batches(
         _Worker,
         batch_size=1,

@@ -67,13 +67,17 @@ def _expand_braces(source: str) -> Iterable[str]:
 
 def _list_folder(fs: AbstractFileSystem, path: str, uri: str, wanted: str | None) -> list[Partition]:
     found: dict[str, dict[str, Any]] = fs.find(path, detail=True)
-    files = {n: i for n, i in found.items() if not any(part.startswith((".", "_")) for part in _relative(n, path).split("/"))}
+    files = {
+        n: i for n, i in found.items() if not any(part.startswith((".", "_")) for part in _relative(n, path).split("/"))
+    }
     containers = sorted(n for n in files if n.lower().endswith((*_TAR_SUFFIXES, ".parquet")))
     if containers:
         return [p for name in containers for p in _list_file(fs, name, files[name], wanted)]
     images = sorted(n for n in files if n.lower().rsplit(".", 1)[-1] in IMAGE_EXTENSIONS)
     if not images:
-        raise SourceError(f"no tar, Parquet or image file in {uri}; looked for .tar, .parquet, .{', .'.join(IMAGE_EXTENSIONS)}")
+        raise SourceError(
+            f"no tar, Parquet or image file in {uri}; looked for .tar, .parquet, .{', .'.join(IMAGE_EXTENSIONS)}"
+        )
     runs = [images[k : k + FILES_PER_PARTITION] for k in range(0, len(images), FILES_PER_PARTITION)]
     source = _uri(fs, path)
     return [
@@ -98,7 +102,9 @@ def _list_file(fs: AbstractFileSystem, path: str, info: dict[str, Any], wanted: 
     if name.lower().endswith(_TAR_SUFFIXES):
         identity = [(source, *_version(info))]
         stem = name[: name.lower().index(".t")]
-        return [Partition(partition_id=_partition_id(stem, identity), kind="tar", source=source, num_bytes=info["size"])]
+        return [
+            Partition(partition_id=_partition_id(stem, identity), kind="tar", source=source, num_bytes=info["size"])
+        ]
     raise SourceError(f"{source} is neither a tar nor a Parquet file nor a folder")
 
 

@@ -1,0 +1,1 @@
+"""The entropy coder: rANS, integer CDF tables, quality maps."""

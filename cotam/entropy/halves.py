@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 def gather_half(
     symbols: NDArray[np.int16] | None, rows: NDArray[np.uint8], half: int, num_skipped: int
 ) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
-    """The coded symbols and CDF rows of one half, each (n,), from arrays (M, h, w); ``symbols`` None gives no symbols."""
+    """The coded symbols and CDF rows of one half, each (n,), from arrays (M, h, w); no symbols for None."""
     if symbols is None:
         out_rows = _gather_rows(rows, half, num_skipped)
         return np.empty(0, dtype=np.int16), out_rows
@@ -22,16 +22,14 @@ def gather_half(
     return out_symbols, out_rows
 
 
-def scatter_half(
-    coded: NDArray[np.int16], rows: NDArray[np.uint8], half: int, num_skipped: int
-) -> NDArray[np.int16]:
+def scatter_half(coded: NDArray[np.int16], rows: NDArray[np.uint8], half: int, num_skipped: int) -> NDArray[np.int16]:
     """The inverse of ``gather_half``: int16 (M, h, w), zero where nothing was coded."""
     out = np.zeros(rows.shape, dtype=np.int16)
     _scatter(coded, rows, half, num_skipped, out)
     return out
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, cache=True)
 def _gather(symbols, rows, half, num_skipped):  # type: ignore[no-untyped-def]
     num_c, num_i, num_j = rows.shape
     out_symbols = np.empty(rows.size // 2 + num_c * num_i + 1, dtype=np.int16)
@@ -47,7 +45,7 @@ def _gather(symbols, rows, half, num_skipped):  # type: ignore[no-untyped-def]
     return out_symbols[:n], out_rows[:n]
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, cache=True)
 def _gather_rows(rows, half, num_skipped):  # type: ignore[no-untyped-def]
     num_c, num_i, num_j = rows.shape
     out_rows = np.empty(rows.size // 2 + num_c * num_i + 1, dtype=np.uint8)
@@ -61,7 +59,7 @@ def _gather_rows(rows, half, num_skipped):  # type: ignore[no-untyped-def]
     return out_rows[:n]
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, cache=True)
 def _scatter(coded, rows, half, num_skipped, out):  # type: ignore[no-untyped-def]
     num_c, num_i, num_j = rows.shape
     n = 0

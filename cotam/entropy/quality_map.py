@@ -24,9 +24,7 @@ def encode_quality_map(quality_map: NDArray[np.uint8], coder: RansCoder) -> byte
     return min(strings, key=len)
 
 
-def decode_quality_map(
-    string: bytes, height: int, width: int, num_q: int, coder: RansCoder
-) -> NDArray[np.uint8]:
+def decode_quality_map(string: bytes, height: int, width: int, num_q: int, coder: RansCoder) -> NDArray[np.uint8]:
     """Quality indexes (height, width) in [0, num_q). Raises RansError for a string that encodes no such map."""
     if not string or string[0] >= NUM_SCALES:
         raise RansError("no CDF row")
@@ -43,7 +41,7 @@ def _code(residuals: NDArray[np.int16], row: int, coder: RansCoder) -> bytes:
     return coder.encode([(residuals.ravel(), np.full(residuals.size, row, dtype=np.uint8))], lanes_log2=0)[0]
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, cache=True)
 def _predict(values, i, j):  # type: ignore[no-untyped-def]
     if i == 0:
         return values[0, j - 1] if j else 0
@@ -58,7 +56,7 @@ def _predict(values, i, j):  # type: ignore[no-untyped-def]
     return left + above - corner
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, cache=True)
 def _residuals(values):  # type: ignore[no-untyped-def]
     out = np.empty(values.shape, dtype=np.int16)
     for i in range(values.shape[0]):
@@ -67,7 +65,7 @@ def _residuals(values):  # type: ignore[no-untyped-def]
     return out
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, cache=True)
 def _reconstruct(residuals):  # type: ignore[no-untyped-def]
     out = np.empty(residuals.shape, dtype=np.int32)
     for i in range(residuals.shape[0]):

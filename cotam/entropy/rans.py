@@ -116,7 +116,7 @@ class RansDecoder:
 # mixed with int64 becomes float64. Moving a word is branch-free, because no predictor guesses when one is due.
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, cache=True)
 def _encode(symbols, rows, words, at, states, entries, inverse, centre, radius):  # type: ignore[no-untyped-def]
     """Push one segment, last symbol first; words grow down from ``at``. Returns where they begin now."""
     last_lane = np.uint64(len(states) - 1)
@@ -142,7 +142,7 @@ def _encode(symbols, rows, words, at, states, entries, inverse, centre, radius):
     return at
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, cache=True)
 def _decode(words, at, states, rows, entries, prefix, symbols):  # type: ignore[no-untyped-def]
     """Pop one segment. Returns the position after its words: past the last word if there were not enough."""
     num_words = len(words) - 2

@@ -1,0 +1,1 @@
+"""The networks: transforms, gains, entropy model, integer-exact layers."""

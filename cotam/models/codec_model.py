@@ -79,8 +79,8 @@ class QualityGains(nn.Module):
 class CodecModel(nn.Module):
     """Analysis, synthesis, gains and entropy model of one codec.
 
-    ``q`` is always the integer quality index map (B, 1, h, w) in [0, num_q), h and w being those of ``y``; for a uniform
-    map h = w = 1 is enough outside of training.
+    ``q`` is always the integer quality index map (B, 1, h, w) in [0, num_q), h and w being those of ``y``; for a
+    uniform map h = w = 1 is enough outside of training.
     """
 
     def __init__(self, config: CodecConfig) -> None:
@@ -159,7 +159,7 @@ class CodecModel(nn.Module):
 
     @torch.inference_mode()
     def compress(self, x: Tensor, q: Tensor) -> Latents:
-        """Quantise images: ``x`` (B, 3, H, W) in [0, 1], H and W multiples of 16, under ``q`` (B, 1, h, w) or (B, 1, 1, 1).
+        """Quantise images ``x`` (B, 3, H, W) in [0, 1], H and W multiples of 16, under ``q``.
 
         The model has to be frozen. ``g_a`` and ``h_a`` may run in any precision; the rest is exact.
         """
@@ -216,8 +216,8 @@ class CodecModel(nn.Module):
 def rate_distortion_loss(out: ForwardOutput, x: Tensor, q: Tensor, lmbdas: Tensor) -> Tensor:
     """Rate-distortion loss with the trade-off of every position's own quality index.
 
-    A position with trade-off lmbda contributes (bpp / lmbda + 255^2 MSE) lmbda^0.5: the optimum of each position is that
-    of bpp + lmbda 255^2 MSE, and the square root keeps the levels' gradients comparable.
+    A position with trade-off lmbda contributes (bpp / lmbda + 255^2 MSE) lmbda^0.5: the optimum of each position is
+    that of bpp + lmbda 255^2 MSE, and the square root keeps the levels' gradients comparable.
 
     Args:
         out: the training pass of ``x``, (B, 3, H, W) in [0, 1], under ``q`` (B, 1, h, w).

@@ -5,9 +5,9 @@
     hyper -> means, scale indexes of the first half of y
     hyper, first half of y_hat -> means, scale indexes of the second half
 
-The halves interleave as a checkerboard whose colour alternates with the channel: element (c, i, j) belongs to the first
-when c + i + j is even. So an element of the second half has four decoded neighbours in its own channel and decoded
-elements of every other channel at its own position (the two-step contexts of He et al. 2021 and Li et al. 2023, combined).
+The halves interleave as a checkerboard whose colour alternates with the channel: element (c, i, j) belongs to the
+first when c + i + j is even. So an element of the second half has four decoded neighbours in its own channel and
+decoded elements of every other channel at its own position (the contexts of He et al. 2021 and Li et al. 2023 in one).
 """
 
 from __future__ import annotations
@@ -127,13 +127,13 @@ class EntropyParameters(nn.Module):
 
     @torch.no_grad()
     def init_scales(self, scale: Tensor, log_gain_per_q: float) -> None:
-        """Start both heads at the channels' own deviations at q = 0, (M,), growing by exp(log_gain_per_q) a step of q."""
+        """Start both heads at the channels' deviations at q = 0, (M,), growing by exp(log_gain_per_q) a step of q."""
         for head in (self.first, self.second):
             head.indexes.bias.copy_(index_of_scale(scale) / BIAS_UNIT)
             head.indexes.gain.fill_(log_gain_per_q / _LOG_SCALE_STEP)
 
     def second_params(self, hyper: Tensor, y_fixed: Tensor, q: Tensor) -> GaussianParams:
-        """Parameters of the second half, given ``y_fixed`` (B, M, h, w): y_hat in 1/MEAN_STEPS, 0 in the second half."""
+        """Parameters of the second half, given ``y_fixed`` (B, M, h, w), y_hat in 1/MEAN_STEPS, 0 in that half."""
         coarse = round_ste(y_fixed / COARSE_STEPS) if torch.is_grad_enabled() else (y_fixed / COARSE_STEPS).round()
         # Signs and magnitudes: means follow the one, scales the other.
         views = torch.cat([y_fixed, coarse, y_fixed.abs()], dim=1).clamp(-ACTIVATION_MAX, ACTIVATION_MAX)

@@ -107,7 +107,7 @@ class IntConv2d(nn.Module):
             self._frozen = None
         return super().train(mode)
 
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def, override]
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         super()._apply(fn, recurse)
         if self._frozen is not None:  # follow the module to another device
             self._frozen = Integers(*(fn(t) for t in self._frozen))

@@ -14,18 +14,18 @@ def round_ste(x: Tensor) -> Tensor:
 
 def clamp_ste(x: Tensor, low: float, high: float) -> Tensor:
     """Clamp, with the gradient kept where it leads back into the range."""
-    return _ClampSTE.apply(x, low, high)  # type: ignore[no-any-return]  # torch leaves apply() untyped
+    return _ClampSTE.apply(x, low, high)
 
 
 class _ClampSTE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, low: float, high: float) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx, x: Tensor, low: float, high: float) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x)
         ctx.low, ctx.high = low, high
         return x.clamp(low, high)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, *grads: Tensor):  # type: ignore[no-untyped-def]
         (x,) = ctx.saved_tensors
         (grad,) = grads
         # A step of gradient descent moves x by -grad: outside the range only inward moves are let through.
@@ -43,6 +43,7 @@ class DepthwiseBlock(nn.Module):
         self.project = nn.Conv2d(num_channels, num_channels, 1)
         with torch.no_grad():  # start near the identity, so that depth does not amplify noise
             self.project.weight.mul_(0.1)
+            assert self.project.bias is not None
             nn.init.zeros_(self.project.bias)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,8 +4,8 @@
     image - 0.5 -+                                                                  +-> y
                  +--- PixelUnshuffle(8) - 1x1 - blocks at 1/8 - 2x2 stride 2 - blocks at 1/16 - 1x1 (zero at the start)
 
-``g_s`` mirrors it. The linear path is a Karhunen-Loeve transform of 16x16 blocks fitted to training patches, so training
-starts at a transform coder; the convolutional body learns what a linear block transform cannot do.
+``g_s`` mirrors it. The linear path is a Karhunen-Loeve transform of 16x16 blocks fitted to training patches, so
+training starts at a transform coder; the convolutional body learns what a linear block transform cannot do.
 """
 
 from __future__ import annotations

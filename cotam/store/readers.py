@@ -93,7 +93,9 @@ def image_column(schema: pa.Schema, wanted: str | None = None) -> str:
     for name in (*_IMAGE_COLUMNS, *(fits if len(fits) == 1 else ())):
         if name in fits:
             return name
-    raise ValueError(f"cannot tell which column holds the images; name it with --image-column ({', '.join(fits) or 'none fits'})")
+    raise ValueError(
+        f"cannot tell which column holds the images; name it with --image-column ({', '.join(fits) or 'none fits'})"
+    )
 
 
 def key_column(schema: pa.Schema) -> str | None:
@@ -175,10 +177,10 @@ def _read_tar(partition: Partition) -> Iterator[Sample | Reject]:
         if members:
             yield _group(key, source, members)
             num_samples += 1
-        # tarfile takes a damaged header, or none at all, for the end: only the end marker proves that nothing is missing.
+        # tarfile takes a damaged header, or none, for the end: only the end marker proves that nothing is missing.
         if not tail.only_zeros_from(end):
-            error = f"tar has no end marker after {num_samples} samples: it is cut short or damaged there"
-            yield Reject(key=f"{key}:end", source=source, stage="read", error=error)
+            cut = f"tar has no end marker after {num_samples} samples: it is cut short or damaged there"
+            yield Reject(key=f"{key}:end", source=source, stage="read", error=cut)
 
 
 def _group(key: str, source: str, members: dict[str, Any]) -> Sample | Reject:
@@ -199,7 +201,7 @@ def _group(key: str, source: str, members: dict[str, Any]) -> Sample | Reject:
 
 
 class _Tail:
-    """A binary file that knows how many bytes were read and how many zeros they end with: a tar's end, without seeking."""
+    """A binary file that counts its bytes and the zeros they end with: to see a tar's end without seeking."""
 
     def __init__(self, file: Any) -> None:
         self._file, self.num_bytes, self.num_zeros = file, 0, 0

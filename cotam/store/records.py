@@ -142,7 +142,7 @@ class RunStore:
             self.root.remove(f"_cotam/attempts/{name}")
 
     def count_attempt(self, partition_id: str) -> int:
-        """Note that a worker starts on a partition. Returns how many workers started on it before and did not come back."""
+        """Note that a worker starts on a partition. Returns how many started on it before and did not come back."""
         path = f"_cotam/attempts/{partition_id}.json"
         before = int(self.root.read_json(path)["attempts"]) if self.root.exists(path) else 0
         self.root.write_json(path, {"attempts": before + 1})
@@ -185,7 +185,8 @@ class RunStore:
         fresh = time.time() - held["heartbeat"] < _STALE_S
         if fresh and (held["host"] != socket.gethostname() or _process_exists(held["pid"])):
             raise StoreError(
-                f"another job (process {held['pid']} on {held['host']}) works on {self.root.uri}; wait for it or stop it"
+                f"another job (process {held['pid']} on {held['host']}) works on {self.root.uri};"
+                " wait for it or stop it"
             )
 
 

@@ -27,7 +27,9 @@ class ShardWriter:
         member_types: Arrow types of members where the source declares them; others are inferred from the first value.
     """
 
-    def __init__(self, path: Path, metadata: dict[str, str], member_types: dict[str, pa.DataType] | None = None) -> None:
+    def __init__(
+        self, path: Path, metadata: dict[str, str], member_types: dict[str, pa.DataType] | None = None
+    ) -> None:
         self.path, self._metadata = path, metadata
         types = {column_name(name): t for name, t in (member_types or {}).items()}
         self._schema = pa.schema([*SHARD_FIELDS, *(pa.field(n, t) for n, t in types.items())], metadata)
@@ -48,7 +50,9 @@ class ShardWriter:
     def write(self, row: Row) -> None:
         """Append a row."""
         self._rows.append(row)
-        self._buffered_bytes += len(row.bitstream) + sum(len(v) for v in row.members.values() if isinstance(v, bytes | str))
+        self._buffered_bytes += len(row.bitstream) + sum(
+            len(v) for v in row.members.values() if isinstance(v, bytes | str)
+        )
         if self._buffered_bytes >= ROW_GROUP_BYTES or len(self._rows) >= _ROW_GROUP_ROWS:
             self._flush()
 

@@ -1,0 +1,1 @@
+"""Training loops for the packaged models; plain torch."""

@@ -124,7 +124,7 @@ class CodecTrainer:
         out = out._replace(x_hat=out.x_hat.float())
         loss = rate_distortion_loss(out, x, q, self.lmbdas)
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         if torch.isfinite(norm):  # a rare overflow costs one step, not the run
             self.optimizer.step()
@@ -137,7 +137,8 @@ class CodecTrainer:
     @torch.no_grad()
     def _update_ema(self) -> None:
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-        average, current = list(self.ema.parameters()), list(self.model.parameters())
+        average: list[Tensor] = list(self.ema.parameters())
+        current: list[Tensor] = list(self.model.parameters())
         torch._foreach_lerp_(average, current, 1 - decay)
 
     @torch.no_grad()

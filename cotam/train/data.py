@@ -75,7 +75,9 @@ class CropDataset(IterableDataset[Tensor]):
 def crop_loader(urls: str | list[str], crop_px: int, batch_size: int, seed: int, num_workers: int) -> Iterator[Tensor]:
     """Endless batches of crops, uint8 (B, 3, crop_px, crop_px)."""
     dataset = CropDataset(urls, crop_px, seed)
-    return iter(DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, pin_memory=torch.cuda.is_available()))
+    return iter(
+        DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, pin_memory=torch.cuda.is_available())
+    )
 
 
 def random_quality_maps(batch_size: int, height: int, width: int, num_q: int, generator: torch.Generator) -> Tensor:

@@ -95,7 +95,7 @@ def _log(record: dict[str, Any], log: Any) -> None:
         text = f"evaluation  quality {e['quality']}  {e['bpp_est']:.4f} bpp_est  {e['psnr_rgb']:.2f} dB"
     else:
         text = (
-            f"step {record['step']}  {record['progress']:.1%}  loss {record['loss']:.3f}  {record['bpp_est']:.3f} bpp_est"
-            f"  {record['psnr_rgb']:.2f} dB  {record['crops_per_s']:.1f} crops/s"
+            f"step {record['step']}  {record['progress']:.1%}  loss {record['loss']:.3f}"
+            f"  {record['bpp_est']:.3f} bpp_est  {record['psnr_rgb']:.2f} dB  {record['crops_per_s']:.1f} crops/s"
         )
     print(text, file=sys.stderr, flush=True)

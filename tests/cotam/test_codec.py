@@ -141,7 +141,9 @@ def test_importance_moves_bits_to_where_it_is(codec: Codec, photos: dict[str, RG
     assert _psnr(steered[~inside], image[~inside]) < _psnr(uniform[~inside], image[~inside])
 
 
-def test_importance_without_contrast_or_strength_is_a_uniform_quality(codec: Codec, photos: dict[str, RGBImage]) -> None:
+def test_importance_without_contrast_or_strength_is_a_uniform_quality(
+    codec: Codec, photos: dict[str, RGBImage]
+) -> None:
     image, importance = photos["coffee"], np.random.default_rng(0).random((24, 24))
     uniform = codec.encode(image, 4)
     assert codec.encode(image, 4, importance, strength=0) == uniform

@@ -127,7 +127,9 @@ def test_every_layer_equals_integer_arithmetic(network: EntropyParameters) -> No
         q = torch.randint(0, 29, (2, 1, 5, 6), generator=generator).float()
         with torch.inference_mode():
             actual = layer(x, q).numpy()
-        np.testing.assert_array_equal(actual, _integer_conv(layer, x.numpy().astype(np.int64), q.numpy().astype(np.int64)))
+        np.testing.assert_array_equal(
+            actual, _integer_conv(layer, x.numpy().astype(np.int64), q.numpy().astype(np.int64))
+        )
 
 
 def _integer_conv(layer: IntConv2d, x: NDArray[np.int64], q: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -136,7 +138,9 @@ def _integer_conv(layer: IntConv2d, x: NDArray[np.int64], q: NDArray[np.int64]) 
     if layer.depthwise:
         _, _, h, w = x.shape
         padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
-        acc = sum(weight[:, 0, i, j, None, None] * padded[:, :, i : i + h, j : j + w] for i in range(3) for j in range(3))
+        acc = sum(
+            weight[:, 0, i, j, None, None] * padded[:, :, i : i + h, j : j + w] for i in range(3) for j in range(3)
+        )
     else:
         acc = np.einsum("oi,bihw->bohw", weight[:, :, 0, 0], x)
     acc = acc + bias[:, None, None] + (q * gain[:, None, None] if layer.quality_bias else 0)
@@ -165,4 +169,6 @@ def test_largest_layer_that_cannot_overflow_is_exact() -> None:
     x[0, ::2] -= 1
     with torch.inference_mode():
         actual = layer(x).numpy()
-    np.testing.assert_array_equal(actual, _integer_conv(layer, x.numpy().astype(np.int64), np.zeros((1, 1, 1, 1), np.int64)))
+    np.testing.assert_array_equal(
+        actual, _integer_conv(layer, x.numpy().astype(np.int64), np.zeros((1, 1, 1, 1), np.int64))
+    )

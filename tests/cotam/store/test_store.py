@@ -58,8 +58,13 @@ def test_two_jobs_on_one_store_are_refused_and_a_dead_one_is_not(tmp_path: Path)
     store = RunStore(str(tmp_path))
     with store.lock(), pytest.raises(StoreError, match=f"process {os.getpid()}"), RunStore(str(tmp_path)).lock():
         pass
-    code = f"from cotam.store.records import RunStore; import os\nRunStore({str(tmp_path)!r}).lock().__enter__(); os._exit(9)"
-    subprocess.run([sys.executable, "-c", code], check=False)
+    code = """if True:
+        import os, sys
+        from cotam.store.records import RunStore
+        RunStore(sys.argv[1]).lock().__enter__()
+        os._exit(9)
+    """
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
     assert (tmp_path / "_cotam/lock.json").exists()
     with store.lock():
         pass
