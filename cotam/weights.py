@@ -28,7 +28,7 @@ from cotam.models.integer import BIAS_UNIT, IntConv2d
 FORMAT = "cotam-codec/1"
 # Packaged weights by name: the sha256 of cotam/packaged/{name}.safetensors.
 PACKAGED: dict[str, str] = {
-    "cotam-base": "5250b6211447ed1286a31b5cc339235ed93f480472639673073304dadb032149",
+    "cotam-base": "4c8b71887225daa256143e2f057f7e38273e129cd08562437d0d501ccdeca5ee",
 }
 _MAX_FILE_BYTES = 2**30
 _Arrays = dict[str, NDArray[Any]]

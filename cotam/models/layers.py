@@ -41,14 +41,23 @@ class DepthwiseBlock(nn.Module):
         self.spatial = nn.Conv2d(num_channels, num_channels, 3, padding=1, groups=num_channels)
         self.expand = nn.Conv2d(num_channels, 2 * num_channels, 1)
         self.project = nn.Conv2d(num_channels, num_channels, 1)
-        with torch.no_grad():  # start near the identity, so that depth does not amplify noise
-            self.project.weight.mul_(0.1)
-            assert self.project.bias is not None
-            nn.init.zeros_(self.project.bias)
+        for conv, gain in ((self.spatial, 1.0), (self.expand, 1.0), (self.project, 0.3)):
+            init_unit(conv, gain)  # a branch starts small, so that depth does not amplify noise
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.expand(self.spatial(x)).chunk(2, dim=1)
         return x + self.project(F.silu(a) * b)
+
+
+def init_unit(conv: nn.Conv2d, gain: float = 1.0) -> nn.Conv2d:
+    """Start a convolution so that unit-variance inputs give outputs of deviation ``gain``; returns it.
+
+    torch's default shrinks a signal by the square root of 3 in every layer, and a gated body then learns next to nothing.
+    """
+    nn.init.normal_(conv.weight, std=gain / conv.weight[0].numel() ** 0.5)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return conv
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cotam.config import CodecConfig
-from cotam.models.layers import DepthwiseBlock
+from cotam.models.layers import DepthwiseBlock, init_unit
 
 LATENT_STRIDE = 16
+# What a body's unit-variance features add, so that steps of the optimiser are small against a quantisation step.
+_Y_SCALE = 0.3
+_PIXEL_SCALE = 0.1
 _PATCH_DIM = 3 * LATENT_STRIDE**2
 
 
@@ -30,16 +33,16 @@ class AnalysisTransform(nn.Module):
         self.linear = nn.Conv2d(_PATCH_DIM, config.M, 1)
         self.body = nn.Sequential(
             nn.PixelUnshuffle(8),
-            nn.Conv2d(192, n8, 1),
+            init_unit(nn.Conv2d(192, n8, 1), 4.0),  # pixels have a deviation near 1/4
             *(DepthwiseBlock(n8) for _ in range(config.num_blocks8)),
-            nn.Conv2d(n8, n16, 2, stride=2),
+            init_unit(nn.Conv2d(n8, n16, 2, stride=2)),
             *(DepthwiseBlock(n16) for _ in range(config.num_blocks16)),
-            _zero(nn.Conv2d(n16, config.M, 1)),
+            init_unit(nn.Conv2d(n16, config.M, 1), 0.0),
         )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x - 0.5
-        y: Tensor = self.linear(F.pixel_unshuffle(x, LATENT_STRIDE)) + self.body(x)
+        y: Tensor = self.linear(F.pixel_unshuffle(x, LATENT_STRIDE)) + _Y_SCALE * self.body(x)
         return y
 
 
@@ -51,17 +54,17 @@ class SynthesisTransform(nn.Module):
         n8, n16 = config.N8, config.N16
         self.linear = nn.Conv2d(config.M, _PATCH_DIM, 1)
         self.body = nn.Sequential(
-            nn.Conv2d(config.M, n16, 1),
+            init_unit(nn.Conv2d(config.M, n16, 1)),
             *(DepthwiseBlock(n16) for _ in range(config.num_blocks16)),
-            nn.Conv2d(n16, 4 * n8, 1),
+            init_unit(nn.Conv2d(n16, 4 * n8, 1)),
             nn.PixelShuffle(2),
             *(DepthwiseBlock(n8) for _ in range(config.num_blocks8)),
-            _zero(nn.Conv2d(n8, 192, 1)),
+            init_unit(nn.Conv2d(n8, 192, 1), 0.0),
             nn.PixelShuffle(8),
         )
 
     def forward(self, y_hat: Tensor) -> Tensor:
-        x: Tensor = F.pixel_shuffle(self.linear(y_hat), LATENT_STRIDE) + self.body(y_hat)
+        x: Tensor = F.pixel_shuffle(self.linear(y_hat), LATENT_STRIDE) + _PIXEL_SCALE * self.body(y_hat)
         return x + 0.5
 
 
@@ -85,10 +88,9 @@ def init_klt(g_a: AnalysisTransform, g_s: SynthesisTransform, patches: Tensor) -
     g_a.linear.bias.copy_(-(basis @ mean))  # type: ignore[union-attr]
     g_s.linear.weight.copy_(basis.T[:, :, None, None])
     g_s.linear.bias.copy_(mean)  # type: ignore[union-attr]
-    return eigenvalues.flip(0)[:num_kept].clamp_min(0).sqrt().float()
-
-
-def _zero(conv: nn.Conv2d) -> nn.Conv2d:
-    nn.init.zeros_(conv.weight)
-    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
-    return conv
+    deviation = eigenvalues.flip(0)[:num_kept].clamp_min(1e-12).sqrt().float()
+    first = g_s.body[0]
+    assert isinstance(first, nn.Conv2d)
+    init_unit(first)
+    first.weight.div_(deviation[:, None, None])  # every component counts alike at the start of the body
+    return deviation

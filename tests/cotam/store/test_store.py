@@ -61,7 +61,8 @@ def test_two_jobs_on_one_store_are_refused_and_a_dead_one_is_not(tmp_path: Path)
     code = """if True:
         import os, sys
         from cotam.store.records import RunStore
-        RunStore(sys.argv[1]).lock().__enter__()
+        lock = RunStore(sys.argv[1]).lock()
+        lock.__enter__()
         os._exit(9)
     """
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
