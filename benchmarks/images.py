@@ -14,7 +14,7 @@ SIZE = (768, 512)
 
 
 def load_images(folder: Path | None) -> list[RGBImage]:
-    """Every PNG and JPEG of ``folder`` in order of name, or scikit-image's photographs; portraits turned, cropped to 768x512.
+    """The PNG and JPEG files of ``folder`` by name, or scikit-image's photographs, turned and cropped to 768x512.
 
     Raises:
         FileNotFoundError: no image in ``folder``.

@@ -1,6 +1,6 @@
 """Speed and code length of the rANS coder beside CompressAI's, on the same symbols in one run, one thread.
 
-    python -m benchmarks.rans [--weights cotam-base] [--images FOLDER] [--json FILE]
+    python benchmarks/rans.py [--weights cotam-base] [--images FOLDER] [--json FILE]
 
 The symbols are the coded latents of photographs, repeated until there are enough; without weights they are drawn from
 the tables, for a skewed distribution of rows. Speeds are per second of this thread's CPU time, so that other processes
@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 from compressai.ans import RansDecoder, RansEncoder
+from images import load_images
 from numpy.typing import NDArray
 
-from benchmarks.images import load_images
 from cotam.codec import Codec
 from cotam.entropy.rans import RansCoder, Segment
 from cotam.entropy.tables import NUM_SCALES, PRECISION_BITS, Tables, gaussian_tables, scales

@@ -12,13 +12,11 @@ import torch
 from cotam.codec import Codec
 from cotam.image import RGBImage
 
-WEIGHTS = "/tmp/h/base.safetensors"
-
 
 @pytest.fixture(scope="session")
 def codec() -> Codec:
     """The packaged codec."""
-    return Codec.load(WEIGHTS)
+    return Codec.load()
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from cotam.config import CodecConfig
 from cotam.entropy.rans import SYMBOL_MAX
+from cotam.entropy.tables import NUM_SCALES, PRECISION_BITS
 from cotam.models.entropy_model import (
     MEAN_STEPS,
     NUM_SKIPPED_SCALES,
@@ -26,6 +28,7 @@ from cotam.models.integer import IntConv2d
 from cotam.models.layers import pad_to_multiple, round_ste
 from cotam.models.transforms import LATENT_STRIDE, AnalysisTransform, SynthesisTransform, init_klt
 
+_DEAD_ZONE_STRENGTH = 0.5  # real residuals have heavier tails than Gaussians: all of it cuts off too much (measured)
 Q_STEPS = 4  # quality indexes per quality level: q = round((quality - 1) * Q_STEPS)
 HYPER_STRIDE = 4  # z positions are 4x4 latent positions
 
@@ -46,6 +49,19 @@ class Latents(NamedTuple):
     z: Tensor
     symbols: Tensor
     indexes: Tensor
+
+
+@functools.cache
+def _dead_zone() -> Tensor:
+    """How far above 1/2 a residual has to be to become 1, for every scale index: float (NUM_SCALES,).
+
+    Rate-distortion optimal between 0 and 1: a squared error of one step is worth 6 / ln 2 bits at the high-rate optimum
+    of a uniform quantiser (there the slope of rate over distortion is that of log2 of the step), and the step to 1 costs
+    the difference of the two symbols' bits.
+    """
+    scale = scale_of_index(torch.arange(NUM_SCALES, dtype=torch.float64))
+    bits = gaussian_bits(torch.tensor([[0.0], [1.0]], dtype=torch.float64), scale).clamp_max(PRECISION_BITS)
+    return (_DEAD_ZONE_STRENGTH * (bits[1] - bits[0]) / (2 * 6 / math.log(2))).float()
 
 
 class QualityGains(nn.Module):
@@ -141,18 +157,21 @@ class CodecModel(nn.Module):
         """Quantised ``y_hat`` (B, M, h, w) and the estimated bits (B, h, w) of scaled ``y`` and ``z``."""
         z_hat = round_ste(z)
         z_scale = self.z_log_scale[self.z_levels(q)].permute(0, 3, 1, 2).exp()
-        z_bits = gaussian_bits(self._noisy(z), z_scale).sum(1, keepdim=True)
+        noisy = z + torch.empty_like(z).uniform_(-0.5, 0.5) if self.training else z_hat
+        z_bits = gaussian_bits(noisy, z_scale).sum(1, keepdim=True)
 
         entropy = self.entropy_parameters
         first = first_half(y.shape[1], y.shape[2], y.shape[3], y.device)
         hyper = entropy.hyper(z_hat, q, y.shape[2], y.shape[3])
         params = entropy.first_params(hyper, q)
-        y_first = (self._fixed(y, params.means)) * first
+        y_first = self.y_fixed(self._symbols(y, params), params) * first
         second = entropy.second_params(hyper, y_first, q)
-        means = torch.where(first, params.means, second.means)
-        scale = scale_of_index(torch.where(first, params.indexes, second.indexes))
-        y_bits = gaussian_bits(self._noisy(y - means / MEAN_STEPS), scale).sum(1)
-        y_hat = self._fixed(y, means) / MEAN_STEPS
+        params = GaussianParams(*(torch.where(first, a, b) for a, b in zip(params, second, strict=True)))
+        symbols = self._symbols(y, params)
+        residual = y - params.means / MEAN_STEPS
+        coded = residual + torch.empty_like(y).uniform_(-0.5, 0.5) if self.training else symbols
+        y_bits = gaussian_bits(coded, scale_of_index(params.indexes)).sum(1)
+        y_hat = self.y_fixed(symbols, params) / MEAN_STEPS
 
         spread = F.interpolate(z_bits / HYPER_STRIDE**2, scale_factor=HYPER_STRIDE)[:, 0]
         return y_hat, y_bits + spread
@@ -201,16 +220,13 @@ class CodecModel(nn.Module):
 
     @staticmethod
     def _symbols(y: Tensor, params: GaussianParams) -> Tensor:
-        symbols = (y - params.means / MEAN_STEPS).round_().clamp_(-SYMBOL_MAX, SYMBOL_MAX)
-        return symbols * (params.indexes >= NUM_SKIPPED_SCALES)
-
-    def _noisy(self, values: Tensor) -> Tensor:
-        return values + torch.empty_like(values).uniform_(-0.5, 0.5) if self.training else values.round()
-
-    @staticmethod
-    def _fixed(y: Tensor, means: Tensor) -> Tensor:
-        """``y`` rounded around ``means``, in units of 1/MEAN_STEPS."""
-        return round_ste(y - means / MEAN_STEPS) * MEAN_STEPS + means
+        """``y`` around its means, rounded with a dead zone; straight through for gradients, 0 where not coded."""
+        residual = y - params.means / MEAN_STEPS
+        with torch.no_grad():
+            table = _dead_zone().to(y.device)
+            magnitude = torch.floor(residual.abs() + 0.5 - table[params.indexes.long()]).clamp_(0, SYMBOL_MAX)
+            symbols = torch.copysign(magnitude, residual) * (params.indexes >= NUM_SKIPPED_SCALES)
+        return residual + (symbols - residual).detach() if residual.requires_grad else symbols
 
 
 def rate_distortion_loss(out: ForwardOutput, x: Tensor, q: Tensor, lmbdas: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def _in_another_process(codec: Codec, images: list[RGBImage]) -> Coded:
 
 
 def _load_and_code(images: list[RGBImage]) -> Coded:
-    return _in_batches(Codec.load("/tmp/h/base.safetensors"), images, num_threads=1)
+    return _in_batches(Codec.load(), images, num_threads=1)
 
 
 @pytest.mark.usefixtures("num_threads")

@@ -28,6 +28,7 @@ class Inputs(NamedTuple):
     y_fixed: Tensor
 
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 Run = Callable[[EntropyParameters, Inputs], list[Tensor]]
 
 
@@ -104,7 +105,7 @@ def _on_gpu(network: EntropyParameters, inputs: Inputs) -> list[Tensor]:
         pytest.param(_in_memory_format(torch.channels_last), id="channels_last"),
         pytest.param(_without_mkldnn, id="without oneDNN"),
         pytest.param(_compiled, id="compiled", marks=pytest.mark.slow),
-        pytest.param(_on_gpu, id="TF32 on a GPU", marks=pytest.mark.gpu),
+        pytest.param(_on_gpu, id="TF32 on a GPU", marks=[pytest.mark.gpu, NEEDS_GPU]),
     ],
 )
 def test_network_equals_its_float64_reference(network: EntropyParameters, inputs: Inputs, run: Run) -> None:
