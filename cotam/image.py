@@ -54,8 +54,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> SourceImage:
                 return SourceImage(np.ascontiguousarray(pixels), image.format or "unknown")
     except UnidentifiedImageError:
         raise ImageError("not an image in a known format") from None
-    except Image.DecompressionBombError as error:
-        raise ImageError(str(error)) from None
+    except Image.DecompressionBombError:
+        raise ImageError(f"over the limit of {max_pixels} pixels, perhaps a decompression bomb") from None
     except (OSError, SyntaxError, ValueError, IndexError, KeyError, TypeError, EOFError, MemoryError) as error:
         if isinstance(error, ImageError):
             raise

@@ -55,9 +55,8 @@ class Latents(NamedTuple):
 def _dead_zone() -> Tensor:
     """How far above 1/2 a residual has to be to become 1, for every scale index: float (NUM_SCALES,).
 
-    Rate-distortion optimal between 0 and 1: a squared error of one step is worth 6 / ln 2 bits at the high-rate optimum
-    of a uniform quantiser (there the slope of rate over distortion is that of log2 of the step), and the step to 1 costs
-    the difference of the two symbols' bits.
+    Rate-distortion optimal between 0 and 1: a squared error of one step is worth 6 / ln 2 bits at the high-rate
+    optimum of a uniform quantiser, and a 1 costs more bits than a 0.
     """
     scale = scale_of_index(torch.arange(NUM_SCALES, dtype=torch.float64))
     bits = gaussian_bits(torch.tensor([[0.0], [1.0]], dtype=torch.float64), scale).clamp_max(PRECISION_BITS)

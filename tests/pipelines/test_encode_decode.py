@@ -95,7 +95,7 @@ def test_ten_bad_files_among_good_ones(tmp_path: Path) -> None:
     store = RunStore(dst)
     rejects = read_rejects(store.root, store.completions()[0].partition_id)
     assert {r.key for r in rejects} == set(expected)
-    assert all(r.error.startswith(expected[r.key]) and r.stage == "decode" for r in rejects)
+    assert all(expected[r.key] in r.error and r.stage == "decode" for r in rejects)
 
     codec = Codec.load()
     decoded = {
