@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -177,18 +178,20 @@ def _run_wave(
     dataset = ray.data.from_items(
         [{"partition": json.dumps(dataclasses.asdict(p))} for p in wave], override_num_blocks=len(wave)
     )
-    results = dataset.map_batches(
-        _Worker,
-        batch_size=1,
-        batch_format="numpy",
-        fn_constructor_args=(make_task, store_uri, progress),
-        compute=ActorPoolStrategy(size=min(pool_size, len(wave)), max_tasks_in_flight_per_actor=1),
-        num_cpus=resources.cpus_per_worker,
-        num_gpus=resources.gpus_per_worker or None,
-        # Ray Data would restart actors and retry their tasks for ever.
-        max_restarts=_WORKER_ATTEMPTS * len(wave),
-        max_task_retries=_WORKER_ATTEMPTS,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Ray 2.60 has no other way to bound restarts
+        results = dataset.map_batches(
+            _Worker,
+            batch_size=1,
+            batch_format="numpy",
+            fn_constructor_args=(make_task, store_uri, progress),
+            compute=ActorPoolStrategy(size=min(pool_size, len(wave)), max_tasks_in_flight_per_actor=1),
+            num_cpus=resources.cpus_per_worker,
+            num_gpus=resources.gpus_per_worker or None,
+            # Ray Data would restart actors and retry their tasks for ever.
+            max_restarts=_WORKER_ATTEMPTS * len(wave),
+            max_task_retries=_WORKER_ATTEMPTS,
+        )
     for _ in results.iter_rows():
         pass
 
