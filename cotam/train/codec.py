@@ -168,10 +168,12 @@ class CodecTrainer:
             model.init_from_patches(torch.cat(patches).to(self.device))
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        linear = {p for t in (self.model.g_a, self.model.g_s) for p in t.linear.parameters()}
-        rest = [p for p in self.model.parameters() if p not in linear and p.requires_grad]
+        # Lists in module order: a checkpoint's optimizer state belongs to parameters by their position.
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        linear = [p for name, p in named if ".linear." in name]
+        rest = [p for name, p in named if ".linear." not in name]
         groups = [
-            {"params": list(linear), "factor": self.config.linear_lr_factor},
+            {"params": linear, "factor": self.config.linear_lr_factor},
             {"params": rest, "factor": 1.0},
         ]
         return torch.optim.Adam(groups, lr=self.config.learning_rate, betas=(0.9, 0.99), foreach=True)

@@ -1,0 +1,94 @@
+"""Training: resumable, exports a codec that works, and its estimates are those of real bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cotam.codec import Codec
+from cotam.config import CodecConfig, load_yaml
+from cotam.image import RGBImage
+from cotam.models.codec_model import Q_STEPS
+from cotam.train import codec as trainer_module
+from cotam.train.codec import CodecTrainer
+from cotam.train.config import CodecTrainConfig, DataConfig
+from cotam.train.run import train_codec
+from tests.corpus import write_webdataset
+
+SMALL = CodecConfig(M=32, N8=8, N16=16, num_blocks8=1, num_blocks16=1, N_z=8, N_hyper=16)
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CodecTrainConfig:
+    monkeypatch.setattr(trainer_module, "_KLT_PATCHES", 1000)
+    write_webdataset(tmp_path / "in", 2, 12, width=160, height=128)
+    data = DataConfig(
+        train=(str(tmp_path / "in/part-0000.tar"),),
+        evaluation=(str(tmp_path / "in/part-0001.tar"),),
+        num_eval_images=4,
+        eval_crop_px=128,
+        num_workers=0,
+    )
+    return CodecTrainConfig(model=SMALL, data=data, crop_px=64, batch_size=4, max_steps=10, max_minutes=0)
+
+
+def test_a_run_resumes_and_exports_a_codec(config: CodecTrainConfig, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train_codec(config, out, "cpu")
+    longer = dataclasses.replace(config, max_steps=30)
+    weights = train_codec(longer, out, "cpu")
+    resumed = CodecTrainer(longer, out)
+    assert resumed.resumed and resumed.step == 30
+
+    codec = Codec.load(str(weights))
+    image = np.zeros((70, 90, 3), np.uint8)
+    assert codec.decode(codec.encode(image)).shape == image.shape
+    assert codec.sha256 in (out / "codec.md").read_text()
+
+    further = dataclasses.replace(config, max_steps=5)
+    train_codec(further, tmp_path / "further", "cpu", init=str(weights))
+    with pytest.raises(ValueError, match="another shape"):
+        CodecTrainer(dataclasses.replace(config, model=CodecConfig(M=64)), out)
+
+
+def test_training_lowers_the_loss(config: CodecTrainConfig, tmp_path: Path) -> None:
+    trainer = CodecTrainer(dataclasses.replace(config, max_steps=120, warmup_steps=10, ema_decay=0.9), tmp_path / "run")
+    records: list[dict[str, Any]] = []
+    trainer.run(records.append)
+    before = CodecTrainer(dataclasses.replace(config, max_steps=1), tmp_path / "short")
+    first: list[dict[str, Any]] = []
+    before.run(first.append)
+
+    def cost(results: list[dict[str, Any]]) -> float:
+        """bpp + lmbda 255^2 MSE at quality 5."""
+        e = next(r["evaluation"] for r in results if r.get("evaluation", {}).get("quality") == 5)
+        return float(e["bpp_est"] + SMALL.lmbdas[4] * 255**2 * 10 ** (-e["psnr_rgb"] / 10))
+
+    assert cost(records) < 0.99 * cost(first)
+
+
+def test_estimated_bits_are_those_of_the_bitstream(codec: Codec, photos: dict[str, RGBImage]) -> None:
+    image = photos["astronaut"]
+    x = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
+    for quality in (2, 6):
+        q = torch.full((1, 1, x.shape[2] // 16, x.shape[3] // 16), (quality - 1.0) * Q_STEPS)
+        with torch.no_grad():
+            estimate = float(codec.model(x, q).bits.sum())
+        assert 8 * len(codec.encode(image, quality)) == pytest.approx(estimate, rel=0.02)
+
+
+def test_config_file_errors_name_the_key(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("model: {M: 64, depth: 3}\n")
+    with pytest.raises(ValueError, match=r"config.yaml.model: unknown key 'depth'"):
+        load_yaml(CodecTrainConfig, file)
+    file.write_text("crop_px: 100\n")
+    with pytest.raises(ValueError, match="multiple of 64"):
+        load_yaml(CodecTrainConfig, file)
+    packaged = Path(trainer_module.__file__).parent.parent / "configs/codec-base.yaml"
+    assert load_yaml(CodecTrainConfig, packaged).model == CodecConfig()
