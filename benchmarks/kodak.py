@@ -3,7 +3,7 @@
     python benchmarks/kodak.py --images KODAK --curves kodak_rd.json --out docs/rate-distortion
 
 `--curves` is a JSON file {"curves": {codec: {"bpp": [...], "psnr_rgb": [...]}}}. Rates and PSNR are means over images,
-as in the published curves. Writes OUT.json and OUT.png, and prints the tables in Markdown.
+as in the published curves. Writes OUT.json, OUT.png and OUT.md.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -87,13 +88,40 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     plot(points, curves, arguments.out.with_suffix(".png"))
-    print("\n| quality | bpp | PSNR RGB | R | G | B |\n| --- | --- | --- | --- | --- | --- |")
-    for p in points:
-        channels = " | ".join(f"{c:.2f}" for c in p["psnr_per_channel"])  # type: ignore[attr-defined]
-        print(f"| {p['quality']:g} | {p['bpp']:.4f} | {p['psnr_rgb']:.2f} | {channels} |")
-    print("\n| against | BD-rate |\n| --- | --- |")
-    for name, rate in rates.items():
-        print(f"| {NAMES.get(name, name)} | {rate:+.1f} % |")
+    page = markdown(result, arguments.out.name)
+    arguments.out.with_suffix(".md").write_text(page)
+    print(page)
+
+
+def markdown(result: dict[str, Any], name: str) -> str:
+    """The page that holds the figures."""
+    lines = [
+        "# Rate-distortion on Kodak",
+        "",
+        "Real bytes of whole bitstreams, PSNR over the RGB samples of the decoded 8-bit images, means over the 24 images, one",
+        f"variable-rate model: `{result['model']}`, sha256 `{result['sha256'][:16]}...`. Made by",
+        "",
+        "    python benchmarks/kodak.py --images KODAK --curves kodak_rd.json --out docs/rate-distortion",
+        "",
+        f"![Rate-distortion curves]({name}.png)",
+        "",
+        "| quality | bpp | PSNR RGB (dB) | R | G | B |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for p in result["points"]:
+        channels = " | ".join(f"{c:.2f}" for c in p["psnr_per_channel"])
+        lines.append(f"| {p['quality']:g} | {p['bpp']:.4f} | {p['psnr_rgb']:.2f} | {channels} |")
+    lines += [
+        "",
+        "BD-rate (PCHIP over the common range of PSNR; negative: fewer bits at equal PSNR) against curves that the CompressAI",
+        "project publishes for these images:",
+        "",
+        "| against | BD-rate |",
+        "| --- | --- |",
+        *(f"| {NAMES.get(codec, codec)} | {rate:+.1f} % |" for codec, rate in result["bd_rate_percent"].items()),
+        "",
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
