@@ -98,8 +98,8 @@ def markdown(result: dict[str, Any], name: str) -> str:
     lines = [
         "# Rate-distortion on Kodak",
         "",
-        "Real bytes of whole bitstreams, PSNR over the RGB samples of the decoded 8-bit images, means over the 24 images, one",
-        f"variable-rate model: `{result['model']}`, sha256 `{result['sha256'][:16]}...`. Made by",
+        "Real bytes of whole bitstreams, PSNR over the RGB samples of the decoded 8-bit images, means over the 24",
+        f"images, one variable-rate model: `{result['model']}`, sha256 `{result['sha256'][:16]}...`. Made by",
         "",
         "    python benchmarks/kodak.py --images KODAK --curves kodak_rd.json --out docs/rate-distortion",
         "",
@@ -113,8 +113,8 @@ def markdown(result: dict[str, Any], name: str) -> str:
         lines.append(f"| {p['quality']:g} | {p['bpp']:.4f} | {p['psnr_rgb']:.2f} | {channels} |")
     lines += [
         "",
-        "BD-rate (PCHIP over the common range of PSNR; negative: fewer bits at equal PSNR) against curves that the CompressAI",
-        "project publishes for these images:",
+        "BD-rate (PCHIP over the common range of PSNR; negative: fewer bits at equal PSNR) against curves that the",
+        "CompressAI project publishes for these images:",
         "",
         "| against | BD-rate |",
         "| --- | --- |",
