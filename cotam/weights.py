@@ -28,7 +28,7 @@ from cotam.models.integer import BIAS_UNIT, IntConv2d
 FORMAT = "cotam-codec/1"
 # Packaged weights by name: the sha256 of cotam/packaged/{name}.safetensors.
 PACKAGED: dict[str, str] = {
-    "cotam-base": "4c8b71887225daa256143e2f057f7e38273e129cd08562437d0d501ccdeca5ee",
+    "cotam-base": "51fe514e252be3a8da9c413d5ddab6149d3f29ef0692e6c42e620df4e3826669",
 }
 _MAX_FILE_BYTES = 2**30
 _Arrays = dict[str, NDArray[Any]]
