@@ -28,7 +28,7 @@ from cotam.models.integer import BIAS_UNIT, IntConv2d
 FORMAT = "cotam-codec/1"
 # Packaged weights by name: the sha256 of cotam/packaged/{name}.safetensors.
 PACKAGED: dict[str, str] = {
-    "cotam-base": "51fe514e252be3a8da9c413d5ddab6149d3f29ef0692e6c42e620df4e3826669",
+    "cotam-base": "aae706354c99866d3fa5d30f3dffda519d2728e84856f90530c02d4d5d4c77d8",
 }
 _MAX_FILE_BYTES = 2**30
 _Arrays = dict[str, NDArray[Any]]
