@@ -52,7 +52,7 @@ class DepthwiseBlock(nn.Module):
 def init_unit(conv: nn.Conv2d, gain: float = 1.0) -> nn.Conv2d:
     """Start a convolution so that unit-variance inputs give outputs of deviation ``gain``; returns it.
 
-    torch's default shrinks a signal by the square root of 3 in every layer; then a gated body learns next to nothing.
+    torch's default shrinks a signal by the square root of 3 in every layer.
     """
     nn.init.normal_(conv.weight, std=gain / conv.weight[0].numel() ** 0.5)
     if conv.bias is not None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import braceexpand
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -25,13 +26,13 @@ class CropDataset(IterableDataset[Tensor]):
     """Endless random crops, uint8 (3, crop_px, crop_px), from WebDataset tars; images smaller than a crop are skipped.
 
     Args:
-        urls: tar paths or URLs with braces, as WebDataset takes them.
+        urls: tar paths or URLs, with {00..99} braces.
         crop_px: side of the crops.
         seed: of the shuffling and the crops; each worker and each restart draws differently with a different seed.
     """
 
-    def __init__(self, urls: str | list[str], crop_px: int, seed: int) -> None:
-        self.urls, self.crop_px, self.seed = urls, crop_px, seed
+    def __init__(self, urls: Sequence[str], crop_px: int, seed: int) -> None:
+        self.urls, self.crop_px, self.seed = _expand(urls), crop_px, seed
 
     def __iter__(self) -> Iterator[Tensor]:
         info = torch.utils.data.get_worker_info()
@@ -72,7 +73,7 @@ class CropDataset(IterableDataset[Tensor]):
                 raise ValueError(f"no image of at least {size}x{size} pixels in {self.urls}; check data.train")
 
 
-def crop_loader(urls: str | list[str], crop_px: int, batch_size: int, seed: int, num_workers: int) -> Iterator[Tensor]:
+def crop_loader(urls: Sequence[str], crop_px: int, batch_size: int, seed: int, num_workers: int) -> Iterator[Tensor]:
     """Endless batches of crops, uint8 (B, 3, crop_px, crop_px)."""
     dataset = CropDataset(urls, crop_px, seed)
     return iter(
@@ -101,6 +102,11 @@ def random_quality_maps(batch_size: int, height: int, width: int, num_q: int, ge
     return torch.stack(maps)
 
 
+def _expand(urls: Sequence[str]) -> list[str]:
+    """WebDataset expands braces in a single string only, not in a list."""
+    return [url for pattern in urls for url in braceexpand.braceexpand(pattern)]
+
+
 def _decode_rgb(data: bytes) -> np.ndarray | None:  # type: ignore[type-arg]
     """Decode training bytes to uint8 (H, W, 3); None for what cannot be decoded."""
     try:
@@ -113,7 +119,7 @@ def _decode_rgb(data: bytes) -> np.ndarray | None:  # type: ignore[type-arg]
 def eval_crops(config: DataConfig) -> Tensor:
     """The evaluation set: centre crops of the first images of the held-out tars, uint8 (K, 3, S, S)."""
     size, crops = config.eval_crop_px, []
-    dataset = wds.WebDataset(list(config.evaluation), shardshuffle=False, nodesplitter=iter, empty_check=False)
+    dataset = wds.WebDataset(_expand(config.evaluation), shardshuffle=False, nodesplitter=iter, empty_check=False)
     for sample in dataset.to_tuple(_IMAGE_MEMBERS):
         image = _decode_rgb(sample[0])
         if image is None or min(image.shape[:2]) < size:

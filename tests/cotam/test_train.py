@@ -28,7 +28,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CodecTrainConfig:
     monkeypatch.setattr(trainer_module, "_KLT_PATCHES", 1000)
     write_webdataset(tmp_path / "in", 2, 12, width=160, height=128)
     data = DataConfig(
-        train=(str(tmp_path / "in/part-0000.tar"),),
+        train=(str(tmp_path / "in/part-{0000..0000}.tar"),),
         evaluation=(str(tmp_path / "in/part-0001.tar"),),
         num_eval_images=4,
         eval_crop_px=128,
