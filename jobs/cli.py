@@ -55,7 +55,7 @@ def _run() -> int:
         if debug:
             traceback.print_exc()
             return EXIT_ERROR
-        is_usage = isinstance(error, (ValueError, FileNotFoundError, PermissionError, FileExistsError))
+        is_usage = isinstance(error, (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, FileExistsError))
         detail = " ".join(str(error).split()) or type(error).__name__
         warn(f"cotam: {detail if is_usage else f'{type(error).__name__}: {detail} (--debug shows more)'}")
         return EXIT_USAGE if is_usage else EXIT_ERROR
