@@ -25,6 +25,8 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+_USAGE_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, FileExistsError)
+
 for command in (encode, decode, status, verify, inspect, demo):
     app.command()(command)
 app.add_typer(train_app, name="train")
@@ -55,7 +57,7 @@ def _run() -> int:
         if debug:
             traceback.print_exc()
             return EXIT_ERROR
-        is_usage = isinstance(error, (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, FileExistsError))
+        is_usage = isinstance(error, _USAGE_ERRORS)
         detail = " ".join(str(error).split()) or type(error).__name__
         warn(f"cotam: {detail if is_usage else f'{type(error).__name__}: {detail} (--debug shows more)'}")
         return EXIT_USAGE if is_usage else EXIT_ERROR
