@@ -139,8 +139,8 @@ def _watch(codec: Codec, clock: Clock) -> Stages:
         stages.wrap("integer network", codec.model.entropy_parameters, name)
     stages.wrap("rANS", codec._coder, "encode")
     stages.wrap("rANS", RansDecoder, "decode")
-    stages.wrap("gather, scatter", cotam.codec, "gather_half")
-    stages.wrap("gather, scatter", cotam.codec, "scatter_half")
+    stages.wrap("skipping", cotam.codec, "drop_skipped")
+    stages.wrap("skipping", cotam.codec, "restore_skipped")
     stages.wrap("container", cotam.codec, "pack")
     stages.wrap("container", cotam.codec, "unpack")
     return stages

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cotam.bitstream import MODEL_ID_BYTES, Bitstream, BitstreamError, ModelMismatchError, pack, unpack
-from cotam.entropy.halves import gather_half, scatter_half
 from cotam.entropy.quality_map import decode_quality_map, encode_quality_map
 from cotam.entropy.rans import RansCoder, RansDecoder, RansError
+from cotam.entropy.skip import drop_skipped, restore_skipped
 from cotam.image import MAX_PIXELS, RGBImage, check_rgb
 from cotam.models.codec_model import HYPER_STRIDE, Q_STEPS, CodecModel
-from cotam.models.entropy_model import NUM_SKIPPED_SCALES, first_half
+from cotam.models.entropy_model import NUM_SKIPPED_SCALES
 from cotam.models.transforms import LATENT_STRIDE
 from cotam.weights import LoadedCodec, parse_codec, read_weights
 
@@ -33,7 +33,7 @@ class CompressedImage(NamedTuple):
     """One image between the network and the entropy coder.
 
     width, height: of the image, in pixels. quality_index: int, or uint8 (h, w) for a map. z: int16 (N_z, hz, wz).
-    symbols, rows: int16 and uint8 (M, h, w), y relative to its means and the CDF rows of its elements.
+    symbols, rows: int16 and uint8 (2, M/2, h, w), the halves of y relative to its means, and their CDF rows.
     """
 
     width: int
@@ -47,7 +47,7 @@ class CompressedImage(NamedTuple):
 class DecompressedImage(NamedTuple):
     """One image between the entropy decoder and the synthesis.
 
-    y_fixed: (M, h, w), integers in float32, in units of 1/MEAN_STEPS of a quantisation step.
+    y_fixed: (2, M/2, h, w), the halves of y_hat: integers in float32, units of 1/MEAN_STEPS of a quantisation step.
     """
 
     width: int
@@ -193,11 +193,11 @@ class Codec:
     def pack(self, compressed: CompressedImage) -> bytes:
         """The CPU stage of encoding: entropy coding and the container."""
         q = compressed.quality_index
-        _, h, w = compressed.symbols.shape
+        h, w = compressed.symbols.shape[-2:]
         segments = [
             (compressed.z.ravel(), self._z_rows(q, h, w)),
-            gather_half(compressed.symbols, compressed.rows, 0, NUM_SKIPPED_SCALES),
-            gather_half(compressed.symbols, compressed.rows, 1, NUM_SKIPPED_SCALES),
+            drop_skipped(compressed.symbols[0], compressed.rows[0], NUM_SKIPPED_SCALES),
+            drop_skipped(compressed.symbols[1], compressed.rows[1], NUM_SKIPPED_SCALES),
         ]
         latent_string, lanes_log2 = self._coder.encode(segments)
         index, map_string = (q, b"") if isinstance(q, int) else (0, encode_quality_map(q, self._coder))
@@ -217,7 +217,7 @@ class Codec:
 
     def reconstruct(self, images: Sequence[DecompressedImage]) -> list[RGBImage]:
         """The device stage of decoding: the synthesis, in batches of one latent size."""
-        keys = [(*i.y_fixed.shape[1:], isinstance(i.quality_index, int)) for i in images]
+        keys = [(*i.y_fixed.shape[2:], isinstance(i.quality_index, int)) for i in images]
         return _in_groups(keys, self._group_size, lambda at: self._reconstruct_group([images[i] for i in at]))
 
     @property
@@ -254,38 +254,30 @@ class Codec:
             if bool((z_hat.abs() > 127).any()):
                 raise RansError("hyper-latent out of range")
             hyper, first = self.model.decompress_first(z_hat, q, h, w)
-            y_first = self._decode_half(decoders, first.indexes, 0, executor)
-            y_first = self._half(0, h, w) * self.model.y_fixed(y_first, first)
+            y_first = self.model.y_fixed(self._decode_half(decoders, first.indexes, executor), first)
             second = self.model.decompress_second(hyper, y_first, q)
-            y_second = self._decode_half(decoders, second.indexes, 1, executor)
-            y_fixed = y_first + self._half(1, h, w) * self.model.y_fixed(y_second, second)
+            y_second = self.model.y_fixed(self._decode_half(decoders, second.indexes, executor), second)
             for decoder in decoders:
                 decoder.finish()
         except RansError as error:
             raise BitstreamError(f"bitstream cannot be decoded: {error}") from None
         return [
             DecompressedImage(s.width, s.height, k, y)
-            for s, k, y in zip(streams, quality, y_fixed, strict=True)
+            for s, k, y in zip(streams, quality, torch.stack([y_first, y_second], dim=1), strict=True)
         ]  # fmt: skip
 
-    def _decode_half(
-        self, decoders: list[RansDecoder], indexes: Tensor, half: int, executor: Executor | None
-    ) -> Tensor:
+    def _decode_half(self, decoders: list[RansDecoder], indexes: Tensor, executor: Executor | None) -> Tensor:
         rows = _to_numpy(indexes, torch.uint8)
 
         def decode(k: int) -> NDArray[np.int16]:
-            _, coded_rows = gather_half(None, rows[k], half, NUM_SKIPPED_SCALES)
-            return scatter_half(decoders[k].decode(coded_rows), rows[k], half, NUM_SKIPPED_SCALES)
+            coded = decoders[k].decode(rows[k][rows[k] >= NUM_SKIPPED_SCALES])
+            return restore_skipped(coded, rows[k], NUM_SKIPPED_SCALES)
 
         symbols = np.stack(_map(executor, decode, range(len(decoders))))
         return torch.from_numpy(symbols).to(self.device).float()
 
-    def _half(self, half: int, h: int, w: int) -> Tensor:
-        mask = first_half(self.model.config.M, h, w, self.device)
-        return (mask if half == 0 else ~mask).float()
-
     def _reconstruct_group(self, images: list[DecompressedImage]) -> list[RGBImage]:
-        y_fixed = torch.stack([i.y_fixed for i in images]).contiguous(memory_format=torch.channels_last)
+        y_fixed = torch.stack([i.y_fixed for i in images])
         x_hat = self.model.reconstruct(y_fixed, self._q([i.quality_index for i in images]))
         pixels = x_hat.permute(0, 2, 3, 1).cpu().numpy()
         return [np.ascontiguousarray(p[: i.height, : i.width]) for p, i in zip(pixels, images, strict=True)]

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import yaml
 
 T = TypeVar("T")
+BACKBONES = ("cotam", "elic")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,22 +19,32 @@ class CodecConfig:
     """The shape of one codec; stored beside its weights, and enough to rebuild the modules.
 
     Attributes:
+        backbone: the transforms: "cotam" or "elic" (``cotam.models.backbones``).
         M: channels of the latent ``y`` at 1/16.
-        N8, N16: channels of the bodies of ``g_a`` and ``g_s`` at 1/8 and 1/16.
-        num_blocks8, num_blocks16: residual blocks at each of these resolutions.
+        N8, N16: "cotam": channels of the bodies of ``g_a`` and ``g_s`` at 1/8 and 1/16.
+        analysis_blocks, synthesis_blocks: "cotam": residual blocks of ``g_a`` and ``g_s`` at 1/8 and at 1/16.
+        N: "elic": channels of the transforms.
         N_z: channels of the hyper-latent ``z`` at 1/64.
         N_hyper: channels inside ``h_a`` and the integer entropy-parameter network.
         lmbdas: rate-distortion trade-off of quality levels 1..L (bpp + lmbda * 255^2 * MSE).
     """
 
+    backbone: str = "cotam"
     M: int = 192
     N8: int = 128
     N16: int = 256
-    num_blocks8: int = 2
-    num_blocks16: int = 4
+    analysis_blocks: tuple[int, int] = (2, 0)
+    synthesis_blocks: tuple[int, int] = (4, 0)
+    N: int = 192
     N_z: int = 128
     N_hyper: int = 192
-    lmbdas: tuple[float, ...] = (0.0018, 0.0035, 0.0067, 0.0130, 0.0250, 0.0483, 0.0932, 0.1800)
+    lmbdas: tuple[float, ...] = (0.0006, 0.0013, 0.0028, 0.0060, 0.0130, 0.0280, 0.0600, 0.1300)
+
+    def __post_init__(self) -> None:
+        if self.backbone not in BACKBONES:
+            raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, not {self.backbone!r}")
+        if self.M % 2:
+            raise ValueError(f"M must be even, not {self.M}: y is coded in two halves of its channels")
 
     @property
     def num_levels(self) -> int:

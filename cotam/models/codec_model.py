@@ -13,20 +13,21 @@ from torch import Tensor, nn
 from cotam.config import CodecConfig
 from cotam.entropy.rans import SYMBOL_MAX
 from cotam.entropy.tables import NUM_SCALES, PRECISION_BITS
+from cotam.models.backbones import backbone
 from cotam.models.entropy_model import (
     MEAN_STEPS,
     NUM_SKIPPED_SCALES,
     EntropyParameters,
     GaussianParams,
     HyperAnalysis,
-    first_half,
     gaussian_bits,
     index_of_scale,
     scale_of_index,
 )
+from cotam.models.halves import merge_halves, split_halves
 from cotam.models.integer import IntConv2d
 from cotam.models.layers import pad_to_multiple, round_ste
-from cotam.models.transforms import LATENT_STRIDE, AnalysisTransform, SynthesisTransform, init_klt
+from cotam.models.transforms import LATENT_STRIDE
 
 _DEAD_ZONE_STRENGTH = 0.5  # real residuals have heavier tails than Gaussians: all of it cuts off too much (measured)
 Q_STEPS = 4  # quality indexes per quality level: q = round((quality - 1) * Q_STEPS)
@@ -43,7 +44,7 @@ class ForwardOutput(NamedTuple):
 class Latents(NamedTuple):
     """Quantised latents of a batch, integers in float32.
 
-    z: (B, N_z, hz, wz). symbols, indexes: (B, M, h, w), y relative to its means, and CDF rows.
+    z: (B, N_z, hz, wz). symbols, indexes: (B, 2, M/2, h, w), both halves of y relative to its means, and CDF rows.
     """
 
     z: Tensor
@@ -101,8 +102,9 @@ class CodecModel(nn.Module):
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
         self.config = config
-        self.g_a = AnalysisTransform(config)
-        self.g_s = SynthesisTransform(config)
+        self._backbone = backbone(config)
+        self.g_a = self._backbone.analysis(config)
+        self.g_s = self._backbone.synthesis(config)
         self.gains = QualityGains(config)
         self.h_a = HyperAnalysis(config)
         self.entropy_parameters = EntropyParameters(config)
@@ -123,8 +125,8 @@ class CodecModel(nn.Module):
 
     @torch.no_grad()
     def init_from_patches(self, patches: Tensor) -> None:
-        """Start at a transform coder: the KLT of ``patches`` (see ``init_klt``) and the deviations it gives ``y``."""
-        deviation = init_klt(self.g_a, self.g_s, patches)
+        """Start the transforms from ``patches``, (P, 768) unshuffled 16x16 blocks, and the scales at what they give."""
+        deviation = self._backbone.init(self.g_a, self.g_s, patches)
         gain = self.gains.log_gain
         per_q = float(gain[-1, 0] - gain[0, 0]) / (self.num_q - 1)
         self.entropy_parameters.init_scales(0.7 * deviation * gain[0].exp(), per_q)  # local, so below the global one
@@ -159,21 +161,23 @@ class CodecModel(nn.Module):
         noisy = z + torch.empty_like(z).uniform_(-0.5, 0.5) if self.training else z_hat
         z_bits = gaussian_bits(noisy, z_scale).sum(1, keepdim=True)
 
-        entropy = self.entropy_parameters
-        first = first_half(y.shape[1], y.shape[2], y.shape[3], y.device)
-        hyper = entropy.hyper(z_hat, q, y.shape[2], y.shape[3])
-        params = entropy.first_params(hyper, q)
-        y_first = self.y_fixed(self._symbols(y, params), params) * first
-        second = entropy.second_params(hyper, y_first, q)
-        params = GaussianParams(*(torch.where(first, a, b) for a, b in zip(params, second, strict=True)))
+        hyper = self.entropy_parameters.hyper(z_hat, q, y.shape[2], y.shape[3])
+        y_first, y_second = split_halves(y)
+        params = self.entropy_parameters.first_params(hyper, q)
+        first, first_bits = self._code_half(y_first, params)
+        second, second_bits = self._code_half(y_second, self.entropy_parameters.second_params(hyper, first, q))
+        y_hat = merge_halves(first, second) / MEAN_STEPS
+
+        spread = F.interpolate(z_bits / HYPER_STRIDE**2, scale_factor=HYPER_STRIDE)[:, 0]
+        return y_hat, first_bits + second_bits + spread
+
+    def _code_half(self, y: Tensor, params: GaussianParams) -> tuple[Tensor, Tensor]:
+        """``y_fixed`` (B, M/2, h, w) of one half and its estimated bits (B, h, w)."""
         symbols = self._symbols(y, params)
         residual = y - params.means / MEAN_STEPS
         coded = residual + torch.empty_like(y).uniform_(-0.5, 0.5) if self.training else symbols
-        y_bits = gaussian_bits(coded, scale_of_index(params.indexes)).sum(1)
-        y_hat = self.y_fixed(symbols, params) / MEAN_STEPS
-
-        spread = F.interpolate(z_bits / HYPER_STRIDE**2, scale_factor=HYPER_STRIDE)[:, 0]
-        return y_hat, y_bits + spread
+        bits = gaussian_bits(coded, scale_of_index(params.indexes)).sum(1)
+        return self.y_fixed(symbols, params), bits
 
     @torch.inference_mode()
     def compress(self, x: Tensor, q: Tensor) -> Latents:
@@ -184,14 +188,14 @@ class CodecModel(nn.Module):
         y = self.g_a(x).float() * self.gains(q)[0]
         z = self.h_a(y).float().round_()
         hyper = self.entropy_parameters.hyper(z, q, y.shape[2], y.shape[3])
-        params = self.entropy_parameters.first_params(hyper, q)
-        first = first_half(y.shape[1], y.shape[2], y.shape[3], y.device)
-        symbols = self._symbols(y, params)
-        second = self.entropy_parameters.second_params(hyper, self.y_fixed(symbols, params) * first, q)
+        y_first, y_second = split_halves(y)
+        first = self.entropy_parameters.first_params(hyper, q)
+        symbols = self._symbols(y_first, first)
+        second = self.entropy_parameters.second_params(hyper, self.y_fixed(symbols, first), q)
         return Latents(
             z,
-            torch.where(first, symbols, self._symbols(y, second)),
-            torch.where(first, params.indexes, second.indexes),
+            torch.stack([symbols, self._symbols(y_second, second)], dim=1),
+            torch.stack([first.indexes, second.indexes], dim=1),
         )
 
     @torch.inference_mode()
@@ -202,13 +206,13 @@ class CodecModel(nn.Module):
 
     @torch.inference_mode()
     def decompress_second(self, hyper: Tensor, y_first: Tensor, q: Tensor) -> GaussianParams:
-        """The second half's parameters, given ``y_first`` (B, M, h, w): ``y_fixed``, 0 in the second half."""
+        """The second half's parameters, given the first half's ``y_fixed`` as ``y_first`` (B, M/2, h, w)."""
         return self.entropy_parameters.second_params(hyper, y_first, q)
 
     @torch.inference_mode()
     def reconstruct(self, y_fixed: Tensor, q: Tensor) -> Tensor:
-        """Images, uint8 (B, 3, 16 h, 16 w), from ``y_fixed`` (B, M, h, w)."""
-        y_hat = y_fixed / MEAN_STEPS * self.gains(q)[1]
+        """Images, uint8 (B, 3, 16 h, 16 w), from ``y_fixed`` (B, 2, M/2, h, w), both halves."""
+        y_hat = merge_halves(y_fixed[:, 0], y_fixed[:, 1]) / MEAN_STEPS * self.gains(q)[1]
         x_hat: Tensor = self.g_s(y_hat).float()
         return x_hat.mul_(255).round_().clamp_(0, 255).to(torch.uint8)
 

@@ -5,9 +5,9 @@
     hyper -> means, scale indexes of the first half of y
     hyper, first half of y_hat -> means, scale indexes of the second half
 
-The halves interleave as a checkerboard whose colour alternates with the channel: element (c, i, j) belongs to the
-first when c + i + j is even. So an element of the second half has four decoded neighbours in its own channel and
-decoded elements of every other channel at its own position (the contexts of He et al. 2021 and Li et al. 2023 in one).
+The halves interleave as a checkerboard whose colour alternates with the channel (cotam.models.halves). So an element
+of the second half has four decoded neighbours in its own channel and decoded elements of every other channel at its
+own position (the contexts of He et al. 2021 and Li et al. 2023 in one).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from cotam.config import CodecConfig
 from cotam.entropy.tables import NUM_SCALES, SCALE_MAX, SCALE_MIN
+from cotam.models.halves import Checkerboard, checkerboard, merge_halves
 from cotam.models.integer import ACTIVATION_MAX, BIAS_UNIT, IntConv2d
 from cotam.models.layers import pad_to_multiple, round_ste
 
@@ -32,7 +33,7 @@ _LOG_SCALE_STEP = math.log(SCALE_MAX / SCALE_MIN) / (NUM_SCALES - 1)
 
 
 class GaussianParams(NamedTuple):
-    """Integers in float32, each (B, M, h, w): ``means`` in 1/MEAN_STEPS, ``indexes`` of scales in [0, NUM_SCALES)."""
+    """Integers in float32 of one half, (B, M/2, h, w): ``means`` in 1/MEAN_STEPS, scale ``indexes`` < NUM_SCALES."""
 
     means: Tensor
     indexes: Tensor
@@ -86,10 +87,16 @@ class HyperSynthesis(nn.Module):
 
 
 class ParameterHead(nn.Module):
-    """From features to means and scale indexes of every element: a hidden integer layer, with a linear way past it."""
+    """From features to means and scale indexes of one half: a hidden integer layer, with a linear way past it.
 
-    def __init__(self, in_channels: int, hidden: int, num_latent: int) -> None:
+    Args:
+        in_channels, hidden, num_latent: channel counts; ``num_latent`` is M.
+        first: which half. All layers are pointwise, so positions are sorted by colour and each gets its own channels.
+    """
+
+    def __init__(self, in_channels: int, hidden: int, num_latent: int, *, first: bool) -> None:
         super().__init__()
+        self.first = first
         self.mix = IntConv2d(in_channels, hidden, quality_bias=True)
         width = hidden + in_channels
         self.means = IntConv2d(width, num_latent, low=-MEAN_MAX, high=MEAN_MAX, unit=16)
@@ -99,8 +106,25 @@ class ParameterHead(nn.Module):
             self.indexes.weight.mul_(0.03)
 
     def forward(self, x: Tensor, q: Tensor) -> GaussianParams:
-        x = torch.cat([x, self.mix(x, q)], dim=1)
-        return GaussianParams(self.means(x), self.indexes(x, q))
+        height, width = x.shape[-2:]
+        board = checkerboard(height, width, x.device)
+        rows, q_rows = _rows(x, board), _rows(q, board) if q.shape[-2:] != (1, 1) else q[:, 0]
+        rows = torch.cat([rows, self.mix.pointwise(rows, q_rows)], dim=-1)
+        outputs = []
+        for layer in (self.means, self.indexes):
+            parts = []
+            for start, span in ((0, slice(0, board.num_even)), (1, slice(board.num_even, None))):
+                channels = slice(start if self.first else 1 - start, None, 2)
+                q_part = q_rows[:, span] if q_rows.shape[1] > 1 else q_rows
+                parts.append(layer.pointwise(rows[:, span], q_part, channels))
+            out = torch.cat(parts, dim=1)[:, board.inverse]
+            outputs.append(out.unflatten(1, (height, width)).permute(0, 3, 1, 2))
+        return GaussianParams(*outputs)
+
+
+def _rows(x: Tensor, board: Checkerboard) -> Tensor:
+    """(B, C, h, w) to (B, h w, C), even positions first."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)[:, board.order]
 
 
 class EntropyParameters(nn.Module):
@@ -110,10 +134,10 @@ class EntropyParameters(nn.Module):
         super().__init__()
         n, m = config.N_hyper, config.M
         self.h_s = HyperSynthesis(config)
-        self.first = ParameterHead(n, n, m)
+        self.first = ParameterHead(n, n, m, first=True)
         self.context = IntConv2d(3 * m, 3 * m, depthwise=True, low=-ACTIVATION_MAX)
         self.squeeze = IntConv2d(3 * m, n, low=-ACTIVATION_MAX)
-        self.second = ParameterHead(2 * n, n + n // 2, m)
+        self.second = ParameterHead(2 * n, n + n // 2, m, first=False)
 
     def hyper(self, z_hat: Tensor, q: Tensor, height: int, width: int) -> Tensor:
         """Features of the hyper-latent on the latent grid of ``height`` x ``width``, int (B, N, height, width)."""
@@ -121,7 +145,7 @@ class EntropyParameters(nn.Module):
         return features[..., :height, :width]
 
     def first_params(self, hyper: Tensor, q: Tensor) -> GaussianParams:
-        """Parameters of the first half of ``y``; entries of the second half are meaningless."""
+        """Parameters of the first half of ``y``."""
         params: GaussianParams = self.first(hyper, q)
         return params
 
@@ -132,22 +156,15 @@ class EntropyParameters(nn.Module):
             head.indexes.bias.copy_(index_of_scale(scale) / BIAS_UNIT)
             head.indexes.gain.fill_(log_gain_per_q / _LOG_SCALE_STEP)
 
-    def second_params(self, hyper: Tensor, y_fixed: Tensor, q: Tensor) -> GaussianParams:
-        """Parameters of the second half, given ``y_fixed`` (B, M, h, w), y_hat in 1/MEAN_STEPS, 0 in that half."""
+    def second_params(self, hyper: Tensor, y_first: Tensor, q: Tensor) -> GaussianParams:
+        """Parameters of the second half, given the first as ``y_first`` (B, M/2, h, w), y_hat in 1/MEAN_STEPS."""
+        y_fixed = merge_halves(y_first, torch.zeros_like(y_first))
         coarse = round_ste(y_fixed / COARSE_STEPS) if torch.is_grad_enabled() else (y_fixed / COARSE_STEPS).round()
         # Signs and magnitudes: means follow the one, scales the other.
         views = torch.cat([y_fixed, coarse, y_fixed.abs()], dim=1).clamp(-ACTIVATION_MAX, ACTIVATION_MAX)
         context = self.squeeze(self.context(views))
         params: GaussianParams = self.second(torch.cat([hyper, context], dim=1), q)
         return params
-
-
-def first_half(num_channels: int, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
-    """Bool (M, h, w): True where c + i + j is even, the elements that are coded first."""
-    c = torch.arange(num_channels, device=device)[:, None, None]
-    i = torch.arange(height, device=device)[:, None]
-    j = torch.arange(width, device=device)
-    return (c + i + j) % 2 == 0
 
 
 def index_of_scale(scale: Tensor) -> Tensor:

@@ -38,6 +38,20 @@ class Integers(NamedTuple):
     scale: Tensor
 
 
+class Kernel(NamedTuple):
+    """The integers times 2^e, which changes no mantissa, so sums stay exact: one operation less at every position."""
+
+    weight: Tensor
+    bias: Tensor
+    gain: Tensor
+
+    @classmethod
+    def of(cls, ints: Integers) -> Kernel:
+        """The kernel of a layer's integers."""
+        scale = ints.scale
+        return cls(ints.weight * scale[:, None, None, None], ints.bias * scale, ints.gain * scale)
+
+
 class IntConv2d(nn.Module):
     """A 1x1 or depthwise 3x3 convolution on integers, with a bias that may depend on the quality index.
 
@@ -70,6 +84,7 @@ class IntConv2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.gain = nn.Parameter(torch.zeros(out_channels), requires_grad=quality_bias)
         self._frozen: Integers | None = None
+        self._kernel: Kernel | None = None
 
     def integers(self) -> Integers:
         """The integers of the current parameters; differentiable by straight-through rounding."""
@@ -94,7 +109,7 @@ class IntConv2d(nn.Module):
         bound += ints.bias.abs() + ints.gain.abs() * ACTIVATION_MAX
         if not bool((bound < ACCUMULATOR_BOUND).all()):  # NaN fails, too
             raise ValueError(f"integer layer can overflow: accumulator bound {bound.max():.0f} reaches 2^24")
-        self._frozen = ints
+        self._frozen, self._kernel = ints, Kernel.of(ints)
 
     def frozen_integers(self) -> Integers:
         """The integers fixed by ``freeze``."""
@@ -104,27 +119,39 @@ class IntConv2d(nn.Module):
     def train(self, mode: bool = True) -> IntConv2d:
         """Training thaws the integers: they follow the parameters again."""
         if mode:
-            self._frozen = None
+            self._frozen = self._kernel = None
         return super().train(mode)
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         super()._apply(fn, recurse)
         if self._frozen is not None:  # follow the module to another device
             self._frozen = Integers(*(fn(t) for t in self._frozen))
+            self._kernel = Kernel.of(self._frozen)
         return self
 
     def forward(self, x: Tensor, q: Tensor | None = None) -> Tensor:
         """(B, I, h, w) integers in float32, ``q`` (B, 1, h, w) or (B, 1, 1, 1), to (B, O, h, w) integers."""
-        ints = self._frozen if self._frozen is not None else self.integers()
+        kernel = self._kernel if self._kernel is not None else Kernel.of(self.integers())
         with torch.autocast(x.device.type, enabled=False):  # 8 bits of bfloat16 do not hold these integers
             if self.depthwise:
-                acc = F.conv2d(x, ints.weight, ints.bias, padding=1, groups=x.shape[1])
+                out = F.conv2d(x, kernel.weight, kernel.bias, padding=1, groups=x.shape[1])
             else:
-                acc = F.conv2d(x, ints.weight, ints.bias)
+                out = F.conv2d(x, kernel.weight, kernel.bias)
         if self.quality_bias:
             assert q is not None
-            acc = acc + q * ints.gain[:, None, None]
-        scaled = acc * ints.scale[:, None, None]
+            out = out + q * kernel.gain[:, None, None]
+        return self._round(out)
+
+    def pointwise(self, x: Tensor, q: Tensor, channels: slice = slice(None)) -> Tensor:
+        """A 1x1 layer on (B, n, I), positions in any order, ``q`` (B, n or 1, 1): (B, n, O), or those ``channels``."""
+        kernel = self._kernel if self._kernel is not None else Kernel.of(self.integers())
+        with torch.autocast(x.device.type, enabled=False):
+            out = F.linear(x, kernel.weight[channels, :, 0, 0], kernel.bias[channels])
+        if self.quality_bias:
+            out = out + q * kernel.gain[channels]
+        return self._round(out)
+
+    def _round(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
-            return clamp_ste(round_ste(scaled), self.low, self.high)
-        return scaled.round_().clamp_(self.low, self.high)
+            return clamp_ste(round_ste(x), self.low, self.high)
+        return x.round_().clamp_(self.low, self.high)

@@ -2,10 +2,11 @@
 
                  +--- PixelUnshuffle(16) - 1x1 (KLT) -------------------------------+
     image - 0.5 -+                                                                  +-> y
-                 +--- PixelUnshuffle(8) - 1x1 - blocks at 1/8 - 2x2 stride 2 - blocks at 1/16 - 1x1 (zero at the start)
+                 +--- PixelUnshuffle(8) - 1x1 - blocks at 1/8 - 2x2 stride 2 - blocks at 1/16 - 1x1 (zero at first)
 
-``g_s`` mirrors it. The linear path is a Karhunen-Loeve transform of 16x16 blocks fitted to training patches, so
-training starts at a transform coder; the convolutional body learns what a linear block transform cannot do.
+``g_s`` mirrors it with numbers of blocks of its own; where there are none at 1/16, the layer after them is left out.
+The linear path is a Karhunen-Loeve transform of 16x16 blocks fitted to training patches, so training starts at a
+transform coder; the convolutional body learns what a linear block transform cannot do.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cotam.config import CodecConfig
-from cotam.models.layers import DepthwiseBlock, init_unit
+from cotam.models.layers import DepthwiseBlock, init_unit, start_at_zero
 
 LATENT_STRIDE = 16
 # What a body's unit-variance features add, so that steps of the optimiser are small against a quantisation step.
@@ -30,15 +31,18 @@ class AnalysisTransform(nn.Module):
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
         n8, n16 = config.N8, config.N16
+        num_blocks8, num_blocks16 = config.analysis_blocks
         self.linear = nn.Conv2d(_PATCH_DIM, config.M, 1)
-        self.body = nn.Sequential(
+        layers: list[nn.Module] = [
             nn.PixelUnshuffle(8),
             init_unit(nn.Conv2d(192, n8, 1), 4.0),  # pixels have a deviation near 1/4
-            *(DepthwiseBlock(n8) for _ in range(config.num_blocks8)),
-            init_unit(nn.Conv2d(n8, n16, 2, stride=2)),
-            *(DepthwiseBlock(n16) for _ in range(config.num_blocks16)),
-            init_unit(nn.Conv2d(n16, config.M, 1), 0.0),
-        )
+            *(DepthwiseBlock(n8) for _ in range(num_blocks8)),
+            init_unit(nn.Conv2d(n8, n16 if num_blocks16 else config.M, 2, stride=2)),
+        ]
+        if num_blocks16:
+            layers += [*(DepthwiseBlock(n16) for _ in range(num_blocks16)), nn.Conv2d(n16, config.M, 1)]
+        start_at_zero(layers[-1])
+        self.body = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x - 0.5
@@ -52,16 +56,19 @@ class SynthesisTransform(nn.Module):
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
         n8, n16 = config.N8, config.N16
+        num_blocks8, num_blocks16 = config.synthesis_blocks
         self.linear = nn.Conv2d(config.M, _PATCH_DIM, 1)
-        self.body = nn.Sequential(
-            init_unit(nn.Conv2d(config.M, n16, 1)),
-            *(DepthwiseBlock(n16) for _ in range(config.num_blocks16)),
-            init_unit(nn.Conv2d(n16, 4 * n8, 1)),
+        layers: list[nn.Module] = []
+        if num_blocks16:
+            layers += [init_unit(nn.Conv2d(config.M, n16, 1)), *(DepthwiseBlock(n16) for _ in range(num_blocks16))]
+        layers += [
+            init_unit(nn.Conv2d(n16 if num_blocks16 else config.M, 4 * n8, 1)),
             nn.PixelShuffle(2),
-            *(DepthwiseBlock(n8) for _ in range(config.num_blocks8)),
-            init_unit(nn.Conv2d(n8, 192, 1), 0.0),
+            *(DepthwiseBlock(n8) for _ in range(num_blocks8)),
+            start_at_zero(nn.Conv2d(n8, 192, 1)),
             nn.PixelShuffle(8),
-        )
+        ]
+        self.body = nn.Sequential(*layers)
 
     def forward(self, y_hat: Tensor) -> Tensor:
         x: Tensor = F.pixel_shuffle(self.linear(y_hat), LATENT_STRIDE) + _PIXEL_SCALE * self.body(y_hat)
@@ -69,16 +76,18 @@ class SynthesisTransform(nn.Module):
 
 
 @torch.no_grad()
-def init_klt(g_a: AnalysisTransform, g_s: SynthesisTransform, patches: Tensor) -> Tensor:
+def init_klt(g_a: nn.Module, g_s: nn.Module, patches: Tensor) -> Tensor:
     """Set both linear paths to the KLT of ``patches``.
 
     Args:
-        g_a, g_s: the transforms to initialise.
+        g_a, g_s: the transforms to initialise, of this module.
         patches: float (P, 768) pixel-unshuffled 16x16 RGB blocks in [0, 1], P >> 768.
 
     Returns:
         Float (M,): standard deviation of each component over the patches, largest first.
     """
+    assert isinstance(g_a, AnalysisTransform)
+    assert isinstance(g_s, SynthesisTransform)
     centred = patches.double() - 0.5
     mean = centred.mean(0)
     eigenvalues, eigenvectors = torch.linalg.eigh(torch.cov((centred - mean).T))

@@ -21,11 +21,11 @@ from cotam.models.integer import ACCUMULATOR_BOUND, ACTIVATION_MAX, IntConv2d
 
 
 class Inputs(NamedTuple):
-    """z_hat (B, N_z, hz, wz), q (B, 1, h, w) and y_fixed (B, M, h, w) of the whole integer network."""
+    """z_hat (B, N_z, hz, wz), q (B, 1, h, w) and y_first (B, M/2, h, w) of the whole integer network."""
 
     z_hat: Tensor
     q: Tensor
-    y_fixed: Tensor
+    y_first: Tensor
 
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -43,11 +43,11 @@ def inputs(codec: Codec) -> Inputs:
     config, generator = codec.model.config, torch.Generator().manual_seed(0)
     spread = torch.tensor([1.0, 3.0, 9.0, 27.0, 81.0, 200.0, 1e3, 1e6])[:, None, None, None]
     z_hat = (torch.randn(8, config.N_z, 3, 4, generator=generator) * spread).round()
-    y_fixed = (torch.randn(8, config.M, 9, 13, generator=generator) * spread * MEAN_STEPS).round()
+    y_first = (torch.randn(8, config.M // 2, 9, 13, generator=generator) * spread * MEAN_STEPS).round()
     return Inputs(
         z_hat.clamp(-ACTIVATION_MAX, ACTIVATION_MAX),
         torch.randint(codec.model.num_q, (8, 1, 9, 13), generator=generator).float(),
-        y_fixed.clamp(-(2**18), 2**18),
+        y_first.clamp(-(2**18), 2**18),
     )
 
 
@@ -55,7 +55,7 @@ def inputs(codec: Codec) -> Inputs:
 def _run(network: EntropyParameters, inputs: Inputs) -> list[Tensor]:
     hyper = network.hyper(inputs.z_hat, inputs.q, *inputs.q.shape[-2:])
     first = network.first_params(hyper, inputs.q)
-    second = network.second_params(hyper, inputs.y_fixed, inputs.q)
+    second = network.second_params(hyper, inputs.y_first, inputs.q)
     return [hyper, *first, *second]
 
 
@@ -128,6 +128,9 @@ def test_every_layer_equals_integer_arithmetic(network: EntropyParameters) -> No
         q = torch.randint(0, 29, (2, 1, 5, 6), generator=generator).float()
         with torch.inference_mode():
             actual = layer(x, q).numpy()
+            if not layer.depthwise:
+                rows = layer.pointwise(x.flatten(2).mT, q.flatten(2).mT, slice(1, None, 2))
+                np.testing.assert_array_equal(rows.mT.unflatten(2, (5, 6)).numpy(), actual[:, 1::2])
         np.testing.assert_array_equal(
             actual, _integer_conv(layer, x.numpy().astype(np.int64), q.numpy().astype(np.int64))
         )

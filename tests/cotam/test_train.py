@@ -20,7 +20,9 @@ from cotam.train.config import CodecTrainConfig, DataConfig
 from cotam.train.run import train_codec
 from tests.corpus import write_webdataset
 
-SMALL = CodecConfig(M=32, N8=8, N16=16, num_blocks8=1, num_blocks16=1, N_z=8, N_hyper=16)
+SMALL = CodecConfig(M=32, N8=8, N16=16, analysis_blocks=(1, 1), synthesis_blocks=(1, 1), N_z=8, N_hyper=16)
+
+ELIC = CodecConfig(backbone="elic", N=8, M=16, N_z=8, N_hyper=8)
 
 
 @pytest.fixture
@@ -34,20 +36,23 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CodecTrainConfig:
         eval_crop_px=128,
         num_workers=0,
     )
-    return CodecTrainConfig(model=SMALL, data=data, crop_px=64, batch_size=4, max_steps=10, max_minutes=0)
+    return CodecTrainConfig(model=SMALL, data=data, crop_px=64, batch_size=4, max_steps=4, max_minutes=0)
 
 
-def test_a_run_resumes_and_exports_a_codec(config: CodecTrainConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", [SMALL, ELIC], ids=["cotam", "elic-vbr"])
+def test_a_run_resumes_and_exports_a_codec(config: CodecTrainConfig, tmp_path: Path, model: CodecConfig) -> None:
+    config = dataclasses.replace(config, model=model)
     out = tmp_path / "run"
     train_codec(config, out, "cpu")
-    longer = dataclasses.replace(config, max_steps=30)
+    longer = dataclasses.replace(config, max_steps=8)
     weights = train_codec(longer, out, "cpu")
     resumed = CodecTrainer(longer, out)
-    assert resumed.resumed and resumed.step == 30
+    assert resumed.resumed and resumed.step == 8
 
     codec = Codec.load(str(weights))
     image = np.zeros((70, 90, 3), np.uint8)
-    assert codec.decode(codec.encode(image)).shape == image.shape
+    importance = np.linspace(0, 1, 30).reshape(5, 6)
+    assert codec.decode(codec.encode(image, importance=importance)).shape == image.shape
     assert codec.sha256 in (out / "codec.md").read_text()
 
     further = dataclasses.replace(config, max_steps=5)

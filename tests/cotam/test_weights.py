@@ -22,7 +22,7 @@ from cotam.weights import FORMAT, dump_codec, parse_codec, read_weights
 Arrays = dict[str, NDArray[Any]]
 
 
-CONFIG = CodecConfig(M=16, N8=8, N16=8, num_blocks8=1, num_blocks16=1, N_z=8, N_hyper=8)
+CONFIG = CodecConfig(M=16, N8=8, N16=8, analysis_blocks=(1, 1), synthesis_blocks=(1, 1), N_z=8, N_hyper=8)
 
 
 @pytest.fixture(scope="module")

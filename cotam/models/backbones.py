@@ -1,0 +1,28 @@
+"""The backbones a codec can have: a pair of transforms with stride 16, and how they start. A new one is added here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from cotam.config import CodecConfig
+from cotam.models import transforms
+
+
+class Backbone(NamedTuple):
+    """Constructors of ``g_a`` and ``g_s``, and ``init(g_a, g_s, patches)``, which returns the deviations of ``y``."""
+
+    analysis: Callable[[CodecConfig], nn.Module]
+    synthesis: Callable[[CodecConfig], nn.Module]
+    init: Callable[[nn.Module, nn.Module, Tensor], Tensor]
+
+
+def backbone(config: CodecConfig) -> Backbone:
+    """The backbone that ``config`` names."""
+    if config.backbone == "elic":
+        from cotam.models import elic  # CompressAI is needed for this one only
+
+        return Backbone(elic.analysis, elic.synthesis, elic.init_unit_latents)
+    return Backbone(transforms.AnalysisTransform, transforms.SynthesisTransform, transforms.init_klt)
