@@ -25,15 +25,16 @@ from cotam.weights import LoadedCodec, parse_codec, read_weights
 
 A = TypeVar("A")
 B = TypeVar("B")
-K = TypeVar("K")
 QualityIndex = int | NDArray[np.uint8]
+# Latent positions in a batch on a GPU: 33 megapixels, some 2 GiB of features.
+_MAX_BATCH_POSITIONS = 2**17
 
 
 class CompressedImage(NamedTuple):
     """One image between the network and the entropy coder.
 
     width, height: of the image, in pixels. quality_index: int, or uint8 (h, w) for a map. z: int16 (N_z, hz, wz).
-    symbols, rows: int16 and uint8 (2, M/2, h, w), the halves of y relative to its means, and their CDF rows.
+    symbols, rows: int16 and uint8 (2, h, w, M/2), the halves of y relative to its means, and their CDF rows.
     """
 
     width: int
@@ -193,7 +194,7 @@ class Codec:
     def pack(self, compressed: CompressedImage) -> bytes:
         """The CPU stage of encoding: entropy coding and the container."""
         q = compressed.quality_index
-        h, w = compressed.symbols.shape[-2:]
+        h, w = compressed.symbols.shape[1:3]
         segments = [
             (compressed.z.ravel(), self._z_rows(q, h, w)),
             drop_skipped(compressed.symbols[0], compressed.rows[0], NUM_SKIPPED_SCALES),
@@ -220,21 +221,19 @@ class Codec:
         keys = [(*i.y_fixed.shape[2:], isinstance(i.quality_index, int)) for i in images]
         return _in_groups(keys, self._group_size, lambda at: self._reconstruct_group([images[i] for i in at]))
 
-    @property
-    def _group_size(self) -> int:
+    def _group_size(self, height: int, width: int, *_: object) -> int:
+        """How many latents of one size make a batch."""
         # On a CPU, batching gains nothing, and one image at a time computes the same sums whatever the batch.
-        return 1 if self.device.type == "cpu" else 16
+        return 1 if self.device.type == "cpu" else max(1, _MAX_BATCH_POSITIONS // (height * width))
 
     def _compress_group(self, images: list[RGBImage], quality: list[QualityIndex]) -> list[CompressedImage]:
         padded = [
             np.pad(i, ((0, -i.shape[0] % LATENT_STRIDE), (0, -i.shape[1] % LATENT_STRIDE), (0, 0)), "edge")
             for i in images
         ]
-        x = torch.from_numpy(np.stack(padded)).to(self.device).permute(0, 3, 1, 2).float().div_(255)
+        x = torch.from_numpy(np.stack(padded)).to(self.device).permute(0, 3, 1, 2)
         latents = self.model.compress(x, self._q(quality))
-        z = _to_numpy(latents.z, torch.int16)
-        symbols = _to_numpy(latents.symbols, torch.int16)
-        rows = _to_numpy(latents.indexes, torch.uint8)
+        z, symbols, rows = (t.contiguous().cpu().numpy() for t in latents)
         return [
             CompressedImage(image.shape[1], image.shape[0], quality[k], z[k], symbols[k], rows[k])
             for k, image in enumerate(images)
@@ -267,14 +266,14 @@ class Codec:
         ]  # fmt: skip
 
     def _decode_half(self, decoders: list[RansDecoder], indexes: Tensor, executor: Executor | None) -> Tensor:
-        rows = _to_numpy(indexes, torch.uint8)
+        rows = indexes.permute(0, 2, 3, 1).byte().contiguous().cpu().numpy()
 
         def decode(k: int) -> NDArray[np.int16]:
             coded = decoders[k].decode(rows[k][rows[k] >= NUM_SKIPPED_SCALES])
             return restore_skipped(coded, rows[k], NUM_SKIPPED_SCALES)
 
         symbols = np.stack(_map(executor, decode, range(len(decoders))))
-        return torch.from_numpy(symbols).to(self.device).float()
+        return torch.from_numpy(symbols).to(self.device).permute(0, 3, 1, 2).float()
 
     def _reconstruct_group(self, images: list[DecompressedImage]) -> list[RGBImage]:
         y_fixed = torch.stack([i.y_fixed for i in images])
@@ -318,22 +317,21 @@ def _latent_size(stream: Bitstream) -> tuple[int, int]:
     return -(-stream.height // LATENT_STRIDE), -(-stream.width // LATENT_STRIDE)
 
 
-def _to_numpy(values: Tensor, dtype: torch.dtype) -> NDArray:  # type: ignore[type-arg]
-    return values.to(dtype).contiguous().cpu().numpy()
-
-
 def _map(executor: Executor | None, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
     return list(executor.map(function, items) if executor is not None else map(function, items))
 
 
-def _in_groups(keys: Sequence[K], size: int, function: Callable[[list[int]], list[B]]) -> list[B]:
-    """Apply ``function`` to positions that share a key, ``size`` at a time; results in the original order."""
-    groups: dict[K, list[int]] = {}
+def _in_groups(
+    keys: Sequence[tuple[int, int, bool]], size: Callable[..., int], function: Callable[[list[int]], list[B]]
+) -> list[B]:
+    """Apply ``function`` to positions that share a key, ``size(*key)`` at a time; results in the original order."""
+    groups: dict[tuple[int, int, bool], list[int]] = {}
     for position, key in enumerate(keys):
         groups.setdefault(key, []).append(position)
     results: dict[int, B] = {}
-    for positions in groups.values():
-        for start in range(0, len(positions), size):
-            chunk = positions[start : start + size]
+    for key, positions in groups.items():
+        count = size(*key)
+        for start in range(0, len(positions), count):
+            chunk = positions[start : start + count]
             results.update(zip(chunk, function(chunk), strict=True))
     return [results[k] for k in range(len(keys))]

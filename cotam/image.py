@@ -16,7 +16,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 RGBImage = NDArray[np.uint8]  # (H, W, 3)
 
-MAX_PIXELS = 2**26  # 67 megapixels
+MAX_PIXELS = 2**27  # 134 megapixels
 _WHITE = (255, 255, 255, 255)
 
 

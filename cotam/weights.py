@@ -28,7 +28,7 @@ from cotam.models.integer import BIAS_UNIT, IntConv2d
 FORMAT = "cotam-codec/1"
 # Packaged weights by name: the sha256 of cotam/packaged/{name}.safetensors.
 PACKAGED: dict[str, str] = {
-    "cotam-base": "aae706354c99866d3fa5d30f3dffda519d2728e84856f90530c02d4d5d4c77d8",
+    "cotam-base": "b081e99018d72a4d69c3e2af4cbb240670126a5d48446a5ab55a615124606279",
 }
 _MAX_FILE_BYTES = 2**30
 _Arrays = dict[str, NDArray[Any]]

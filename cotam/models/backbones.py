@@ -12,11 +12,16 @@ from cotam.models import transforms
 
 
 class Backbone(NamedTuple):
-    """Constructors of ``g_a`` and ``g_s``, and ``init(g_a, g_s, patches)``, which returns the deviations of ``y``."""
+    """A pair of transforms.
+
+    analysis, synthesis: constructors of ``g_a`` and ``g_s``. init: ``init(g_a, g_s, patches)`` starts them and returns
+    the deviations of ``y``. halo: how far outputs of either depend on inputs, in latent positions.
+    """
 
     analysis: Callable[[CodecConfig], nn.Module]
     synthesis: Callable[[CodecConfig], nn.Module]
     init: Callable[[nn.Module, nn.Module, Tensor], Tensor]
+    halo: int
 
 
 def backbone(config: CodecConfig) -> Backbone:
@@ -24,5 +29,6 @@ def backbone(config: CodecConfig) -> Backbone:
     if config.backbone == "elic":
         from cotam.models import elic  # CompressAI is needed for this one only
 
-        return Backbone(elic.analysis, elic.synthesis, elic.init_unit_latents)
-    return Backbone(transforms.AnalysisTransform, transforms.SynthesisTransform, transforms.init_klt)
+        return Backbone(elic.analysis, elic.synthesis, elic.init_unit_latents, elic.HALO)
+    halo = transforms.halo(config)
+    return Backbone(transforms.AnalysisTransform, transforms.SynthesisTransform, transforms.init_klt, halo)

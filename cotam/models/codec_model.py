@@ -27,11 +27,14 @@ from cotam.models.entropy_model import (
 from cotam.models.halves import merge_halves, split_halves
 from cotam.models.integer import IntConv2d
 from cotam.models.layers import pad_to_multiple, round_ste
+from cotam.models.tiling import Tile, map_tiles
 from cotam.models.transforms import LATENT_STRIDE
 
 _DEAD_ZONE_STRENGTH = 0.5  # real residuals have heavier tails than Gaussians: all of it cuts off too much (measured)
 Q_STEPS = 4  # quality indexes per quality level: q = round((quality - 1) * Q_STEPS)
 HYPER_STRIDE = 4  # z positions are 4x4 latent positions
+HYPER_HALO = 4  # h_a reads 1 latent position around, h_s 1 at 1/16 and 1 at 1/32
+CONTEXT_HALO = 1
 
 
 class ForwardOutput(NamedTuple):
@@ -42,9 +45,10 @@ class ForwardOutput(NamedTuple):
 
 
 class Latents(NamedTuple):
-    """Quantised latents of a batch, integers in float32.
+    """Quantised latents of a batch.
 
-    z: (B, N_z, hz, wz). symbols, indexes: (B, 2, M/2, h, w), both halves of y relative to its means, and CDF rows.
+    z: int16 (B, N_z, hz, wz). symbols, indexes: int16 and uint8 (B, 2, h, w, M/2), both halves of y relative to its
+    means, and their CDF rows, in the order they are coded in.
     """
 
     z: Tensor
@@ -115,6 +119,11 @@ class CodecModel(nn.Module):
         """Number of quality indexes."""
         return (self.config.num_levels - 1) * Q_STEPS + 1
 
+    @property
+    def halo(self) -> int:
+        """How far outputs of ``g_a`` and ``g_s`` depend on inputs, in latent positions."""
+        return self._backbone.halo
+
     def freeze(self) -> CodecModel:
         """Evaluation mode with the integers of the entropy-parameter network fixed. Raises ValueError on overflow."""
         self.eval()
@@ -181,40 +190,66 @@ class CodecModel(nn.Module):
 
     @torch.inference_mode()
     def compress(self, x: Tensor, q: Tensor) -> Latents:
-        """Quantise images ``x`` (B, 3, H, W) in [0, 1], H and W multiples of 16, under ``q``.
+        """Quantise images ``x``, uint8 (B, 3, H, W), H and W multiples of 16, under ``q``; in tiles if they are large.
 
         The model has to be frozen. ``g_a`` and ``h_a`` may run in any precision; the rest is exact.
         """
-        y = self.g_a(x).float() * self.gains(q)[0]
-        z = self.h_a(y).float().round_()
-        hyper = self.entropy_parameters.hyper(z, q, y.shape[2], y.shape[3])
+        height, width = x.shape[2] // LATENT_STRIDE, x.shape[3] // LATENT_STRIDE
+
+        def analyse(tile: Tile) -> tuple[Tensor]:
+            pixels = tile.cut(x, up=LATENT_STRIDE).to(torch.float32).div_(255)
+            return (self.g_a(pixels).float() * self.gains(tile.cut(q))[0],)
+
+        def hyper_analyse(tile: Tile) -> tuple[Tensor]:
+            return (self.h_a(tile.cut(y)).float().round_(),)
+
+        (y,) = map_tiles(analyse, height, width, self._backbone.halo)
+        (z,) = map_tiles(hyper_analyse, height, width, HYPER_HALO, down=HYPER_STRIDE)
         y_first, y_second = split_halves(y)
-        first = self.entropy_parameters.first_params(hyper, q)
-        symbols = self._symbols(y_first, first)
-        second = self.entropy_parameters.second_params(hyper, self.y_fixed(symbols, first), q)
+        hyper, first = self.decompress_first(z, q, height, width)
+        symbols_first = self._symbols(y_first, first)
+        second = self.decompress_second(hyper, self.y_fixed(symbols_first, first), q)
+        symbols_second = self._symbols(y_second, second)
         return Latents(
-            z,
-            torch.stack([symbols, self._symbols(y_second, second)], dim=1),
-            torch.stack([first.indexes, second.indexes], dim=1),
+            z.short(),
+            _channels_last([symbols_first, symbols_second], torch.int16),
+            _channels_last([first.indexes, second.indexes], torch.uint8),
         )
 
     @torch.inference_mode()
     def decompress_first(self, z_hat: Tensor, q: Tensor, height: int, width: int) -> tuple[Tensor, GaussianParams]:
         """Features and the first half's parameters for ``z_hat`` (B, N_z, hz, wz) and a latent of height x width."""
-        hyper = self.entropy_parameters.hyper(z_hat, q, height, width)
-        return hyper, self.entropy_parameters.first_params(hyper, q)
+
+        def hyper_stage(tile: Tile) -> tuple[Tensor]:
+            size = (span.stop - span.start for span in tile)
+            return (self.entropy_parameters.hyper(tile.cut(z_hat, down=HYPER_STRIDE), tile.cut(q), *size),)
+
+        def first_stage(tile: Tile) -> GaussianParams:
+            return self.entropy_parameters.first_params(tile.cut(hyper), tile.cut(q))
+
+        (hyper,) = map_tiles(hyper_stage, height, width, HYPER_HALO)
+        return hyper, GaussianParams(*map_tiles(first_stage, height, width, 0))
 
     @torch.inference_mode()
     def decompress_second(self, hyper: Tensor, y_first: Tensor, q: Tensor) -> GaussianParams:
         """The second half's parameters, given the first half's ``y_fixed`` as ``y_first`` (B, M/2, h, w)."""
-        return self.entropy_parameters.second_params(hyper, y_first, q)
+
+        def stage(tile: Tile) -> GaussianParams:
+            return self.entropy_parameters.second_params(tile.cut(hyper), tile.cut(y_first), tile.cut(q))
+
+        return GaussianParams(*map_tiles(stage, y_first.shape[2], y_first.shape[3], CONTEXT_HALO))
 
     @torch.inference_mode()
     def reconstruct(self, y_fixed: Tensor, q: Tensor) -> Tensor:
-        """Images, uint8 (B, 3, 16 h, 16 w), from ``y_fixed`` (B, 2, M/2, h, w), both halves."""
-        y_hat = merge_halves(y_fixed[:, 0], y_fixed[:, 1]) / MEAN_STEPS * self.gains(q)[1]
-        x_hat: Tensor = self.g_s(y_hat).float()
-        return x_hat.mul_(255).round_().clamp_(0, 255).to(torch.uint8)
+        """Images, uint8 (B, 3, 16 h, 16 w), from ``y_fixed`` (B, 2, M/2, h, w), both halves; in tiles if large."""
+
+        def stage(tile: Tile) -> tuple[Tensor]:
+            first, second = tile.cut(y_fixed).unbind(1)
+            y_hat = (merge_halves(first, second) / MEAN_STEPS).contiguous(memory_format=torch.channels_last)
+            x_hat: Tensor = self.g_s(y_hat * self.gains(tile.cut(q))[1]).float()
+            return (x_hat.mul_(255).round_().clamp_(0, 255).to(torch.uint8),)
+
+        return map_tiles(stage, y_fixed.shape[3], y_fixed.shape[4], self.halo, up=LATENT_STRIDE)[0]
 
     @staticmethod
     def y_fixed(symbols: Tensor, params: GaussianParams) -> Tensor:
@@ -230,6 +265,10 @@ class CodecModel(nn.Module):
             magnitude = torch.floor(residual.abs() + 0.5 - table[params.indexes.long()]).clamp_(0, SYMBOL_MAX)
             symbols = torch.copysign(magnitude, residual) * (params.indexes >= NUM_SKIPPED_SCALES)
         return residual + (symbols - residual).detach() if residual.requires_grad else symbols
+
+
+def _channels_last(halves: list[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.stack([half.permute(0, 2, 3, 1).to(dtype) for half in halves], dim=1)
 
 
 def rate_distortion_loss(out: ForwardOutput, x: Tensor, q: Tensor, lmbdas: Tensor) -> Tensor:

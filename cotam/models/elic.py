@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from cotam.config import CodecConfig
 
+HALO = 12  # 5 latent positions from the layers at 1/16, less than 6 from those above (a test measures it)
+
 
 def analysis(config: CodecConfig) -> nn.Module:
     """``g_a``: float RGB (B, 3, H, W) in [0, 1], H and W multiples of 16, to ``y`` (B, M, H/16, W/16)."""

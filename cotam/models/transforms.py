@@ -75,6 +75,11 @@ class SynthesisTransform(nn.Module):
         return x + 0.5
 
 
+def halo(config: CodecConfig) -> int:
+    """How far an output of ``g_a`` or ``g_s`` depends on inputs, in latent positions: each block looks 1 aside."""
+    return max(blocks16 - (-blocks8 // 2) for blocks8, blocks16 in (config.analysis_blocks, config.synthesis_blocks))
+
+
 @torch.no_grad()
 def init_klt(g_a: nn.Module, g_s: nn.Module, patches: Tensor) -> Tensor:
     """Set both linear paths to the KLT of ``patches``.
