@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cotam.codec import Codec
-from cotam.metrics import bd_rate, bpp, psnr_rgb
+from cotam.metrics import bd_rate, bpp, psnr_rgb, psnr_ycbcr
 
 NAMES = {"jpeg": "JPEG", "webp": "WebP", "av1": "AVIF (AV1)", "bpg": "BPG", "vtm": "VTM"}
 
@@ -32,14 +33,22 @@ def measure(codec: Codec, images: list[Path], qualities: list[float]) -> list[di
             data = codec.encode(image, quality)
             decoded = codec.decode(data)
             channels = [psnr_rgb(image[..., c], decoded[..., c]) for c in range(3)]
-            per_image.append((bpp(len(data), image.shape[1], image.shape[0]), psnr_rgb(image, decoded), *channels))
+            per_image.append(
+                (
+                    bpp(len(data), image.shape[1], image.shape[0]),
+                    psnr_rgb(image, decoded),
+                    *channels,
+                    psnr_ycbcr(image, decoded),
+                )
+            )
         mean = np.mean(per_image, axis=0)
         points.append(
             {
                 "quality": quality,
                 "bpp": mean[0],
                 "psnr_rgb": mean[1],
-                "psnr_per_channel": list(mean[2:]),
+                "psnr_per_channel": list(mean[2:5]),
+                "psnr_ycbcr_611": mean[5],
                 "per_image": {p.stem: [v[0], v[1]] for p, v in zip(images, per_image, strict=True)},
             }
         )
@@ -105,13 +114,15 @@ def markdown(result: dict[str, Any], name: str) -> str:
         "",
         f"![Rate-distortion curves]({name}.png)",
         "",
-        "| quality | bpp | PSNR RGB (dB) | R | G | B |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| quality | bpp | PSNR RGB (dB) | R | G | B | YCbCr 6:1:1 |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for p in result["points"]:
-        channels = " | ".join(f"{c:.2f}" for c in p["psnr_per_channel"])
-        lines.append(f"| {p['quality']:g} | {p['bpp']:.4f} | {p['psnr_rgb']:.2f} | {channels} |")
+        values = " | ".join(f"{c:.2f}" for c in (p["psnr_rgb"], *p["psnr_per_channel"], p["psnr_ycbcr_611"]))
+        lines.append(f"| {p['quality']:g} | {p['bpp']:.4f} | {values} |")
     lines += [
+        "",
+        _monotone(result["points"]),
         "",
         "BD-rate (PCHIP over the common range of PSNR; negative: fewer bits at equal PSNR) against curves that the",
         "CompressAI project publishes for these images:",
@@ -122,6 +133,23 @@ def markdown(result: dict[str, Any], name: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _monotone(points: list[dict[str, Any]]) -> str:
+    """A sentence on whether bits and PSNR grow with quality in every image."""
+    pairs = list(pairwise(points))
+    broken = [
+        f"{name} from {a['quality']:g} to {b['quality']:g}"
+        for a, b in pairs
+        for name in a["per_image"]
+        if not all(low < high for low, high in zip(a["per_image"][name], b["per_image"][name], strict=True))
+    ]
+    steps = len(pairs) * len(points[0]["per_image"])
+    if broken:
+        return (
+            f"Of {steps} steps in quality of single images, these do not raise both bits and PSNR: {', '.join(broken)}."
+        )
+    return f"Each of the {steps} steps in quality of single images raises both bits and PSNR."
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from cotam.models.entropy_model import (
     NUM_SKIPPED_SCALES,
     EntropyParameters,
     GaussianParams,
+    Hyper,
     HyperAnalysis,
     gaussian_bits,
     index_of_scale,
@@ -217,25 +218,25 @@ class CodecModel(nn.Module):
         )
 
     @torch.inference_mode()
-    def decompress_first(self, z_hat: Tensor, q: Tensor, height: int, width: int) -> tuple[Tensor, GaussianParams]:
-        """Features and the first half's parameters for ``z_hat`` (B, N_z, hz, wz) and a latent of height x width."""
+    def decompress_first(self, z_hat: Tensor, q: Tensor, height: int, width: int) -> tuple[Hyper, GaussianParams]:
+        """What ``z_hat`` (B, N_z, hz, wz) says about a latent of height x width, and its first half's parameters."""
 
-        def hyper_stage(tile: Tile) -> tuple[Tensor]:
+        def hyper_stage(tile: Tile) -> Hyper:
             size = (span.stop - span.start for span in tile)
-            return (self.entropy_parameters.hyper(tile.cut(z_hat, down=HYPER_STRIDE), tile.cut(q), *size),)
+            return self.entropy_parameters.hyper(tile.cut(z_hat, down=HYPER_STRIDE), tile.cut(q), *size)
 
         def first_stage(tile: Tile) -> GaussianParams:
-            return self.entropy_parameters.first_params(tile.cut(hyper), tile.cut(q))
+            return self.entropy_parameters.first_params(Hyper(*map(tile.cut, hyper)), tile.cut(q))
 
-        (hyper,) = map_tiles(hyper_stage, height, width, HYPER_HALO)
+        hyper = Hyper(*map_tiles(hyper_stage, height, width, HYPER_HALO))
         return hyper, GaussianParams(*map_tiles(first_stage, height, width, 0))
 
     @torch.inference_mode()
-    def decompress_second(self, hyper: Tensor, y_first: Tensor, q: Tensor) -> GaussianParams:
+    def decompress_second(self, hyper: Hyper, y_first: Tensor, q: Tensor) -> GaussianParams:
         """The second half's parameters, given the first half's ``y_fixed`` as ``y_first`` (B, M/2, h, w)."""
 
         def stage(tile: Tile) -> GaussianParams:
-            return self.entropy_parameters.second_params(tile.cut(hyper), tile.cut(y_first), tile.cut(q))
+            return self.entropy_parameters.second_params(Hyper(*map(tile.cut, hyper)), tile.cut(y_first), tile.cut(q))
 
         return GaussianParams(*map_tiles(stage, y_first.shape[2], y_first.shape[3], CONTEXT_HALO))
 

@@ -1,9 +1,12 @@
 """The entropy model: hyper-analysis h_a, and the integer network from z_hat to the Gaussian parameters of y.
 
     y (scaled by its gains) -> h_a -> z, rounded            float; runs only in the encoder
-    z_hat, q -> h_s -> hyper                                integers from here on
-    hyper -> means, scale indexes of the first half of y
-    hyper, first half of y_hat -> means, scale indexes of the second half
+    z_hat, q -> h_s -> features, coarse means               integers from here on
+    features -> means, scale indexes of the first half of y
+    features, first half of y_hat -> means, scale indexes of the second half
+
+All means add to the coarse ones, a linear function of ``z_hat`` in bilinear interpolation: the lowest frequencies of
+``y`` are strongly correlated beyond a block, and a linear way predicts them at any amplitude, as 7-bit features cannot.
 
 The halves interleave as a checkerboard whose colour alternates with the channel (cotam.models.halves). So an element
 of the second half has four decoded neighbours in its own channel and decoded elements of every other channel at its
@@ -21,13 +24,15 @@ from torch import Tensor, nn
 
 from cotam.config import CodecConfig
 from cotam.entropy.tables import NUM_SCALES, SCALE_MAX, SCALE_MIN
-from cotam.models.halves import Checkerboard, checkerboard, merge_halves
+from cotam.models.halves import Checkerboard, checkerboard, merge_halves, split_halves
 from cotam.models.integer import ACTIVATION_MAX, BIAS_UNIT, IntConv2d
 from cotam.models.layers import pad_to_multiple, round_ste
 
 MEAN_STEPS = 8  # means are integers in units of 1/8 of a quantisation step
 MEAN_MAX = 2**15 - 1
-COARSE_STEPS = 16  # the context sees y_hat twice: fine to +-16 steps, 16 times coarser to +-254
+COARSE_STEP = 4  # quantisation steps of y in one of the z channels that start as its mean over 4x4 positions
+NUM_COARSE = 16  # how many do; y's channels start in the order of their energy
+COARSE_VIEW = 16  # the context sees y_hat twice: fine to +-16 steps, 16 times coarser to +-254
 NUM_SKIPPED_SCALES = 3  # below this index (a deviation of 0.16 steps) an element is 0 and not coded at all
 _LOG_SCALE_STEP = math.log(SCALE_MAX / SCALE_MIN) / (NUM_SCALES - 1)
 
@@ -37,6 +42,13 @@ class GaussianParams(NamedTuple):
 
     means: Tensor
     indexes: Tensor
+
+
+class Hyper(NamedTuple):
+    """What ``z_hat`` says, integers in float32: ``features`` (B, N, h, w), ``coarse`` means (B, M, h, w)."""
+
+    features: Tensor
+    coarse: Tensor
 
 
 class HyperAnalysis(nn.Module):
@@ -55,6 +67,9 @@ class HyperAnalysis(nn.Module):
             nn.SiLU(),
             nn.Conv2d(n, config.N_z, 2, stride=2),
         )
+        self.pool = nn.Conv2d(config.M, config.N_z, 1, bias=False)
+        with torch.no_grad():
+            _start_diagonal(self.pool.weight, 1 / COARSE_STEP)
         with torch.no_grad():  # torch's default shrinks the signal layer by layer; z has to start a step wide
             for conv in (self.embed, *self.layers):
                 if isinstance(conv, nn.Conv2d):
@@ -62,13 +77,15 @@ class HyperAnalysis(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         # Amplitudes span three decades over channels and qualities; asinh keeps them in a workable range.
-        y = torch.asinh(pad_to_multiple(y, 4))
+        y = pad_to_multiple(y, 4)
+        coarse = self.pool(F.avg_pool2d(y, 4))
+        y = torch.asinh(y)
         z: Tensor = 2 * self.layers(self.embed(torch.cat([y, y.abs()], dim=1)))  # means need signs, scales magnitudes
-        return z.clamp(-ACTIVATION_MAX, ACTIVATION_MAX)
+        return (z + coarse).clamp(-ACTIVATION_MAX, ACTIVATION_MAX)
 
 
 class HyperSynthesis(nn.Module):
-    """``h_s``: integers ``z_hat`` (B, N_z, hz, wz) and ``q`` (B, 1, 4 hz, 4 wz) to integers (B, N, 4 hz, 4 wz)."""
+    """``h_s``: integers ``z_hat`` (B, N_z, hz, wz) and ``q`` (B, 1, 4 hz, 4 wz) to ``Hyper`` on (4 hz, 4 wz)."""
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
@@ -79,11 +96,16 @@ class HyperSynthesis(nn.Module):
         self.up2 = IntConv2d(128, 4 * n)
         self.spatial2 = IntConv2d(n, n, depthwise=True, low=-ACTIVATION_MAX)
         self.mix2 = IntConv2d(n, n, quality_bias=True)
+        self.coarse = IntConv2d(config.N_z, config.M, low=-MEAN_MAX, high=MEAN_MAX, unit=16)
+        with torch.no_grad():
+            _start_diagonal(self.coarse.weight, COARSE_STEP * MEAN_STEPS / self.coarse.unit)
 
-    def forward(self, z_hat: Tensor, q: Tensor) -> Tensor:
+    def forward(self, z_hat: Tensor, q: Tensor) -> Hyper:
         x = self.mix1(self.spatial1(F.pixel_shuffle(self.up1(z_hat), 2)))
-        out: Tensor = self.mix2(self.spatial2(F.pixel_shuffle(self.up2(x), 2)), q)
-        return out
+        features = self.mix2(self.spatial2(F.pixel_shuffle(self.up2(x), 2)), q)
+        # Weights are eighths on each axis, so 16-bit integers times 1/64: exact in float32.
+        coarse = F.interpolate(self.coarse(z_hat), scale_factor=4, mode="bilinear", align_corners=False)
+        return Hyper(features, round_ste(coarse) if torch.is_grad_enabled() else coarse.round_())
 
 
 class ParameterHead(nn.Module):
@@ -105,7 +127,8 @@ class ParameterHead(nn.Module):
             self.means.weight.mul_(0.01)
             self.indexes.weight.mul_(0.03)
 
-    def forward(self, x: Tensor, q: Tensor) -> GaussianParams:
+    def forward(self, x: Tensor, q: Tensor, coarse: Tensor) -> GaussianParams:
+        """``x`` (B, in_channels, h, w), ``q`` (B, 1, h, w) or 1x1, this half's ``coarse`` means (B, M/2, h, w)."""
         height, width = x.shape[-2:]
         board = checkerboard(height, width, x.device)
         rows, q_rows = _rows(x, board), _rows(q, board) if q.shape[-2:] != (1, 1) else q[:, 0]
@@ -119,7 +142,8 @@ class ParameterHead(nn.Module):
                 parts.append(layer.pointwise(rows[:, span], q_part, channels))
             out = torch.cat(parts, dim=1)[:, board.inverse]
             outputs.append(out.unflatten(1, (height, width)).permute(0, 3, 1, 2))
-        return GaussianParams(*outputs)
+        means, indexes = outputs
+        return GaussianParams(coarse + means, indexes)
 
 
 def _rows(x: Tensor, board: Checkerboard) -> Tensor:
@@ -139,14 +163,14 @@ class EntropyParameters(nn.Module):
         self.squeeze = IntConv2d(3 * m, n, low=-ACTIVATION_MAX)
         self.second = ParameterHead(2 * n, n + n // 2, m, first=False)
 
-    def hyper(self, z_hat: Tensor, q: Tensor, height: int, width: int) -> Tensor:
-        """Features of the hyper-latent on the latent grid of ``height`` x ``width``, int (B, N, height, width)."""
-        features: Tensor = self.h_s(z_hat, pad_to_multiple(q, 4) if q.shape[-2:] != (1, 1) else q)
-        return features[..., :height, :width]
+    def hyper(self, z_hat: Tensor, q: Tensor, height: int, width: int) -> Hyper:
+        """What the hyper-latent says on the latent grid of ``height`` x ``width``."""
+        hyper = self.h_s(z_hat, pad_to_multiple(q, 4) if q.shape[-2:] != (1, 1) else q)
+        return Hyper(*(t[..., :height, :width] for t in hyper))
 
-    def first_params(self, hyper: Tensor, q: Tensor) -> GaussianParams:
+    def first_params(self, hyper: Hyper, q: Tensor) -> GaussianParams:
         """Parameters of the first half of ``y``."""
-        params: GaussianParams = self.first(hyper, q)
+        params: GaussianParams = self.first(hyper.features, q, split_halves(hyper.coarse)[0])
         return params
 
     @torch.no_grad()
@@ -156,15 +180,23 @@ class EntropyParameters(nn.Module):
             head.indexes.bias.copy_(index_of_scale(scale) / BIAS_UNIT)
             head.indexes.gain.fill_(log_gain_per_q / _LOG_SCALE_STEP)
 
-    def second_params(self, hyper: Tensor, y_first: Tensor, q: Tensor) -> GaussianParams:
+    def second_params(self, hyper: Hyper, y_first: Tensor, q: Tensor) -> GaussianParams:
         """Parameters of the second half, given the first as ``y_first`` (B, M/2, h, w), y_hat in 1/MEAN_STEPS."""
-        y_fixed = merge_halves(y_first, torch.zeros_like(y_first))
-        coarse = round_ste(y_fixed / COARSE_STEPS) if torch.is_grad_enabled() else (y_fixed / COARSE_STEPS).round()
+        first_coarse, second_coarse = split_halves(hyper.coarse)
+        fine = merge_halves(y_first - first_coarse, torch.zeros_like(y_first))
+        coarse = round_ste(fine / COARSE_VIEW) if torch.is_grad_enabled() else (fine / COARSE_VIEW).round()
         # Signs and magnitudes: means follow the one, scales the other.
-        views = torch.cat([y_fixed, coarse, y_fixed.abs()], dim=1).clamp(-ACTIVATION_MAX, ACTIVATION_MAX)
+        views = torch.cat([fine, coarse, fine.abs()], dim=1).clamp(-ACTIVATION_MAX, ACTIVATION_MAX)
         context = self.squeeze(self.context(views))
-        params: GaussianParams = self.second(torch.cat([hyper, context], dim=1), q)
+        params: GaussianParams = self.second(torch.cat([hyper.features, context], dim=1), q, second_coarse)
         return params
+
+
+def _start_diagonal(weight: Tensor, value: float) -> None:
+    """Set a 1x1 weight (O, I, 1, 1) to ``value`` on the first NUM_COARSE elements of the diagonal, else 0."""
+    weight.zero_()
+    diagonal = weight[:, :, 0, 0].diagonal()
+    diagonal[:NUM_COARSE] = value
 
 
 def index_of_scale(scale: Tensor) -> Tensor:
