@@ -1,11 +1,17 @@
-"""Encoding and decoding 768x512 photographs: this codec beside CompressAI's mbt2018-mean, interleaved in one run.
+"""Encoding and decoding 768x512 photographs: this codec beside others, interleaved in one run.
 
     python benchmarks/encode.py [--weights cotam-base] [--images FOLDER] [--threads 2] [--clock wall|cpu] [--json FILE]
 
-From uint8 pixels to a byte string and back, one image at a time; reading image files is not counted. The reference is
-``mbt2018_mean(quality=1, pretrained=False)``, the smaller of its two sizes, with random weights: the networks take the
-same time with any, while entropy coding takes less than with trained ones, for there is hardly anything to code. Times
-are medians over images and repeats. ``--clock cpu`` counts CPU time of all threads, for a machine that is not idle.
+From uint8 pixels to a byte string and back, one image at a time, each codec in a process of its own, taking turns;
+reading image files is not counted. Beside it run
+
+- CompressAI's ``mbt2018_mean(quality=1, pretrained=False)``, the smaller of its two sizes, and, once,
+  ``Elic2022Official()``, both with random weights: the networks take the same time with any, while entropy coding takes
+  less than with trained ones, for there is hardly anything to code;
+- ``elic-vbr`` of this project with random weights, once;
+- Pillow's WebP (quality 75, method 4) and AVIF (quality 60, speed 6; ``--threads`` threads).
+
+Times are medians over images and repeats. ``--clock cpu`` counts CPU time of all threads, for a machine that is busy.
 """
 
 from __future__ import annotations
@@ -14,30 +20,41 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from compressai.models.sensetime import Elic2022Official
 from compressai.zoo import mbt2018_mean
 from images import load_images
 from torch import Tensor
 
 import cotam.codec
 from cotam.codec import Codec
+from cotam.config import load_yaml
 from cotam.entropy.rans import RansDecoder
-from cotam.image import RGBImage
+from cotam.image import RGBImage, decode_image, encode_image
+from cotam.models.codec_model import CodecModel
+from cotam.train.config import CodecTrainConfig
+from cotam.weights import dump_codec, parse_codec
 
 Clock = Callable[[], float]
 _CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 _QUALITY = 4.0
+CONTESTANTS = ("cotam", "mbt2018-mean", "webp", "avif", "elic-vbr", "elic2022")
+SLOW = ("elic-vbr", "elic2022")  # they run twice, and the second run counts
+ELIC_VBR = Path(cotam.codec.__file__).parent / "configs/elic-vbr.yaml"
 
 
 class Stages:
     """Seconds inside named stages, measured by wrapping the functions they consist of."""
 
-    def __init__(self, clock: Clock) -> None:
-        self.clock, self.seconds = clock, dict[str, float]()
+    def __init__(self) -> None:
+        self.clock, self.seconds = time.perf_counter, dict[str, float]()
 
     def wrap(self, stage: str, owner: object, name: str) -> None:
         """Count the time in ``owner.name`` towards ``stage`` from now on."""
@@ -52,10 +69,19 @@ class Stages:
 
         setattr(owner, name, timed)
 
-    def take(self, total_s: float) -> dict[str, float]:
-        """The seconds of every stage since the last call, and of what is left of ``total_s``."""
+    def take(self, clock: Clock) -> dict[str, float]:
+        """The seconds of every stage since the last call; ``clock`` counts from now on."""
+        self.clock = clock
         seconds, self.seconds = self.seconds, {}
-        return {**seconds, "everything else": total_s - sum(seconds.values())}
+        return seconds
+
+
+class Contestant(NamedTuple):
+    """``encode`` from pixels, ``decode`` of what that returns, and ``stages`` that watch both."""
+
+    encode: Callable[[RGBImage], Any]
+    decode: Callable[[Any], Any]
+    stages: Stages = Stages()
 
 
 def main() -> None:
@@ -69,69 +95,107 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there")
     args = parser.parse_args()
 
-    torch.set_num_threads(args.threads)
-    images = load_images(args.images)[: args.num_images]
+    num_images = len(load_images(args.images)[: args.num_images])
+    timings = _compare(args, num_images)
     report = {
         "threads": args.threads,
         "clock": args.clock,
-        "num_images": len(images),
+        "num_images": num_images,
         "repeats": args.repeats,
         "quality": _QUALITY,
-        **_compare(Codec.load(args.weights), images, args.repeats, _CLOCKS[args.clock]),
+        "seconds": timings,
     }
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
     print(
-        f"{len(images)} images of 768x512, {args.threads} threads, {args.clock} time, median of {args.repeats} repeats"
+        f"{num_images} images of 768x512, {args.threads} threads, {args.clock} time, median of {args.repeats} repeats"
     )
-    print(f"{'':8}{'cotam':>12}{'mbt2018':>12}{'ratio':>8}")
-    for direction in ("encode", "decode"):
-        r = report[direction]
-        print(f"{direction:8}{1e3 * r['cotam_s']:9.1f} ms{1e3 * r['compressai_s']:9.1f} ms{r['ratio']:8.2f}")
-    for direction in ("encode", "decode"):
+    print(f"{'':16}{'encode':>12}{'':9}{'decode':>12}")
+    ours = timings["cotam"]
+    for name, directions in timings.items():
+        line = f"{name:16}"
+        for direction, stages in directions.items():
+            line += f"{1e3 * stages['total']:9.1f} ms{stages['total'] / ours[direction]['total']:8.2f}x"
+        print(line)
+    for direction, stages in ours.items():
+        total = stages.pop("total")
+        stages["everything else"] = total - sum(stages.values())
         print(f"stages of {direction}:")
-        for stage, seconds in report[direction]["cotam_stages_s"].items():
-            print(f"    {stage:20}{1e3 * seconds:9.1f} ms")
+        for stage, spent in stages.items():
+            print(f"    {stage:20}{1e3 * spent:9.1f} ms{100 * spent / total:7.1f} %")
 
 
-def _compare(codec: Codec, images: list[RGBImage], repeats: int, clock: Clock) -> dict[str, Any]:
-    reference = mbt2018_mean(quality=1, pretrained=False).eval()
-    reference.update()
-    stages = _watch(codec, clock)
-    seconds: dict[str, list[float]] = {}
-    parts: dict[str, dict[str, list[float]]] = {"encode": {}, "decode": {}}
+def _contestant(name: str, weights: str, threads: int) -> Contestant:
+    def neural(model: Any) -> Contestant:
+        model.eval().update()
+        return Contestant(partial(_encode_reference, model), partial(_decode_reference, model))
 
-    def measure(key: str, run: Callable[[Any], Any], argument: Any) -> Any:
-        start = clock()
-        result = run(argument)
-        seconds.setdefault(key, []).append(clock() - start)
-        if key in parts:
-            for stage, spent in stages.take(seconds[key][-1]).items():
-                parts[key].setdefault(stage, []).append(spent)
-        return result
+    def pillow(format: str, **options: object) -> Contestant:
+        return Contestant(lambda image: encode_image(image, format, **options), lambda data: decode_image(data).pixels)
 
-    for repeat in range(repeats + 1):
-        if repeat == 1:  # the first one only warmed up
-            for measured in (seconds, *parts.values()):
-                measured.clear()
-        for image in images:
-            data = measure("encode", lambda x: codec.encode(x, _QUALITY), image)
-            measure("decode", codec.decode, data)
-            coded = measure("reference encode", lambda x: _encode_reference(reference, x), image)
-            measure("reference decode", lambda x: _decode_reference(reference, x), coded)
-    return {
-        direction: {
-            "cotam_s": median(seconds[direction]),
-            "compressai_s": median(seconds[f"reference {direction}"]),
-            "ratio": median(seconds[f"reference {direction}"]) / median(seconds[direction]),
-            "cotam_stages_s": {stage: median(spent) for stage, spent in parts[direction].items()},
-        }
-        for direction in parts
-    }
+    torch.manual_seed(0)
+    if name == "cotam":
+        codec = Codec.load(weights)
+        return Contestant(lambda image: codec.encode(image, _QUALITY), codec.decode, _watch(codec))
+    if name == "elic-vbr":
+        model = CodecModel(load_yaml(CodecTrainConfig, ELIC_VBR).model)
+        codec = Codec(parse_codec(dump_codec(model), name))
+        return Contestant(lambda image: codec.encode(image, _QUALITY), codec.decode)
+    if name == "mbt2018-mean":
+        return neural(mbt2018_mean(quality=1, pretrained=False))
+    if name == "elic2022":
+        return neural(Elic2022Official())
+    if name == "webp":
+        return pillow("WEBP", quality=75, method=4)
+    return pillow("AVIF", quality=60, speed=6, max_threads=threads)
 
 
-def _watch(codec: Codec, clock: Clock) -> Stages:
-    stages = Stages(clock)
+def _work(connection: Connection, name: str, args: argparse.Namespace) -> None:
+    """The process of one contestant: for every image index it gets, it sends back the seconds of both directions."""
+    torch.set_num_threads(args.threads)
+    clock = _CLOCKS[args.clock]
+    images = load_images(args.images)[: args.num_images]
+    contestant = _contestant(name, args.weights, args.threads)
+    while (index := connection.recv()) is not None:
+        timing: dict[str, dict[str, float]] = {}
+        data: Any = images[index]
+        for direction, run in (("encode", contestant.encode), ("decode", contestant.decode)):
+            contestant.stages.take(clock)
+            start = clock()
+            data = run(data)
+            spent = clock() - start
+            timing[direction] = {"total": spent, **contestant.stages.take(clock)}
+        connection.send(timing)
+
+
+def _compare(args: argparse.Namespace, num_images: int) -> dict[str, Any]:
+    context = get_context("spawn")
+    timings: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in CONTESTANTS}
+    connections: dict[str, Connection] = {}
+    for name in CONTESTANTS:
+        connections[name], theirs = context.Pipe()
+        context.Process(target=_work, args=(theirs, name, args), daemon=True).start()
+    for repeat in range(args.repeats + 1):
+        for index in range(num_images):
+            for name, connection in connections.items():
+                if name in SLOW and (repeat > 0 or index > 1):
+                    continue
+                connection.send(index)
+                timing = connection.recv()
+                if repeat > 0 or (name in SLOW and index == 1):  # the first ones only warm up
+                    timings[name].append(timing)
+    for connection in connections.values():
+        connection.send(None)
+
+    def medians(name: str, direction: str) -> dict[str, float]:
+        parts = [timing[direction] for timing in timings[name]]
+        return {stage: median(part.get(stage, 0.0) for part in parts) for stage in parts[0]}
+
+    return {name: {d: medians(name, d) for d in ("encode", "decode")} for name in CONTESTANTS}
+
+
+def _watch(codec: Codec) -> Stages:
+    stages = Stages()
     stages.wrap("g_a", codec.model.g_a, "forward")
     stages.wrap("h_a", codec.model.h_a, "forward")
     stages.wrap("gains and g_s", codec.model, "reconstruct")

@@ -18,6 +18,7 @@ from cotam.entropy.quality_map import decode_quality_map, encode_quality_map
 from cotam.entropy.rans import RansCoder, RansDecoder, RansError
 from cotam.entropy.skip import drop_skipped, restore_skipped
 from cotam.image import MAX_PIXELS, RGBImage, check_rgb
+from cotam.memory import keep_freed_memory
 from cotam.models.codec_model import HYPER_STRIDE, Q_STEPS, CodecModel
 from cotam.models.entropy_model import NUM_SKIPPED_SCALES
 from cotam.models.transforms import LATENT_STRIDE
@@ -60,6 +61,8 @@ class DecompressedImage(NamedTuple):
 class Codec:
     """Encodes and decodes images with one model. Thread-safe: nothing changes after loading.
 
+    On a CPU it tells the C library to keep freed memory for reuse (``cotam.memory``).
+
     Args:
         loaded: the model with its tables and identity.
         device: where the networks run; entropy coding always runs on the CPU.
@@ -68,6 +71,8 @@ class Codec:
 
     def __init__(self, loaded: LoadedCodec, device: str = "cpu", max_pixels: int = MAX_PIXELS) -> None:
         self.device = torch.device(device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.model: CodecModel = loaded.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.sha256 = loaded.sha256
         self.model_id = bytes.fromhex(loaded.sha256)[:MODEL_ID_BYTES]
@@ -227,11 +232,8 @@ class Codec:
         return 1 if self.device.type == "cpu" else max(1, _MAX_BATCH_POSITIONS // (height * width))
 
     def _compress_group(self, images: list[RGBImage], quality: list[QualityIndex]) -> list[CompressedImage]:
-        padded = [
-            np.pad(i, ((0, -i.shape[0] % LATENT_STRIDE), (0, -i.shape[1] % LATENT_STRIDE), (0, 0)), "edge")
-            for i in images
-        ]
-        x = torch.from_numpy(np.stack(padded)).to(self.device).permute(0, 3, 1, 2)
+        padded = [torch.from_numpy(_pad(image)) for image in images]
+        x = (torch.stack(padded) if len(padded) > 1 else padded[0][None]).to(self.device).permute(0, 3, 1, 2)
         latents = self.model.compress(x, self._q(quality))
         z, symbols, rows = (t.contiguous().cpu().numpy() for t in latents)
         return [
@@ -315,6 +317,15 @@ class Codec:
 
 def _latent_size(stream: Bitstream) -> tuple[int, int]:
     return -(-stream.height // LATENT_STRIDE), -(-stream.width // LATENT_STRIDE)
+
+
+def _pad(image: RGBImage) -> RGBImage:
+    """The image with its last row and column repeated up to multiples of the latent stride."""
+    bottom, right = (-side % LATENT_STRIDE for side in image.shape[:2])
+    padded = (
+        np.pad(image, ((0, bottom), (0, right), (0, 0)), "edge") if bottom or right else np.ascontiguousarray(image)
+    )
+    return padded if padded.flags.writeable else padded.copy()  # torch takes no read-only arrays without a warning
 
 
 def _map(executor: Executor | None, function: Callable[[A], B], items: Iterable[A]) -> list[B]:

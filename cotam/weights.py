@@ -28,7 +28,7 @@ from cotam.models.integer import BIAS_UNIT, IntConv2d
 FORMAT = "cotam-codec/1"
 # Packaged weights by name: the sha256 of cotam/packaged/{name}.safetensors.
 PACKAGED: dict[str, str] = {
-    "cotam-base": "b081e99018d72a4d69c3e2af4cbb240670126a5d48446a5ab55a615124606279",
+    "cotam-base": "6e4759d92d7ac04cc6e07b7c2baca8f47833163967025c54f70456c87183b0bf",
 }
 _MAX_FILE_BYTES = 2**30
 _Arrays = dict[str, NDArray[Any]]

@@ -58,15 +58,17 @@ class Latents(NamedTuple):
 
 
 @functools.cache
-def _dead_zone() -> Tensor:
-    """How far above 1/2 a residual has to be to become 1, for every scale index: float (NUM_SCALES,).
+def _rounding_offset() -> Tensor:
+    """What is added to the magnitude of a residual before it is rounded down, for every scale index: (NUM_SCALES,).
 
-    Rate-distortion optimal between 0 and 1: a squared error of one step is worth 6 / ln 2 bits at the high-rate
-    optimum of a uniform quantiser, and a 1 costs more bits than a 0.
+    1/2 less a dead zone, rate-distortion optimal between 0 and 1: a squared error of one step is worth 6 / ln 2 bits at
+    the high-rate optimum of a uniform quantiser, and a 1 costs more bits than a 0. Minus infinity: nothing is coded.
     """
     scale = scale_of_index(torch.arange(NUM_SCALES, dtype=torch.float64))
     bits = gaussian_bits(torch.tensor([[0.0], [1.0]], dtype=torch.float64), scale).clamp_max(PRECISION_BITS)
-    return (_DEAD_ZONE_STRENGTH * (bits[1] - bits[0]) / (2 * 6 / math.log(2))).float()
+    offset = 0.5 - _DEAD_ZONE_STRENGTH * (bits[1] - bits[0]) / (2 * 6 / math.log(2))
+    offset[:NUM_SKIPPED_SCALES] = -math.inf
+    return offset.float()
 
 
 class QualityGains(nn.Module):
@@ -262,9 +264,10 @@ class CodecModel(nn.Module):
         """``y`` around its means, rounded with a dead zone; straight through for gradients, 0 where not coded."""
         residual = y - params.means / MEAN_STEPS
         with torch.no_grad():
-            table = _dead_zone().to(y.device)
-            magnitude = torch.floor(residual.abs() + 0.5 - table[params.indexes.long()]).clamp_(0, SYMBOL_MAX)
-            symbols = torch.copysign(magnitude, residual) * (params.indexes >= NUM_SKIPPED_SCALES)
+            # An element that is not coded has an infinite dead zone.
+            threshold = _rounding_offset().to(y.device)[params.indexes.int()]
+            magnitude = torch.floor(residual.abs() + threshold).clamp_(0, SYMBOL_MAX)
+            symbols = torch.copysign(magnitude, residual)
         return residual + (symbols - residual).detach() if residual.requires_grad else symbols
 
 

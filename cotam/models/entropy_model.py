@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from cotam.config import CodecConfig
 from cotam.entropy.tables import NUM_SCALES, SCALE_MAX, SCALE_MIN
-from cotam.models.halves import Checkerboard, checkerboard, merge_halves, split_halves
+from cotam.models.halves import Checkerboard, checkerboard, split_halves, spread_first
 from cotam.models.integer import ACTIVATION_MAX, BIAS_UNIT, IntConv2d
 from cotam.models.layers import pad_to_multiple, round_ste
 
@@ -45,10 +45,11 @@ class GaussianParams(NamedTuple):
 
 
 class Hyper(NamedTuple):
-    """What ``z_hat`` says, integers in float32: ``features`` (B, N, h, w), ``coarse`` means (B, M, h, w)."""
+    """What ``z_hat`` says, integers in float32: ``features`` (B, N, h, w), coarse means of each half (B, M/2, h, w)."""
 
     features: Tensor
-    coarse: Tensor
+    coarse_first: Tensor
+    coarse_second: Tensor
 
 
 class HyperAnalysis(nn.Module):
@@ -79,8 +80,10 @@ class HyperAnalysis(nn.Module):
         # Amplitudes span three decades over channels and qualities; asinh keeps them in a workable range.
         y = pad_to_multiple(y, 4)
         coarse = self.pool(F.avg_pool2d(y, 4))
-        y = torch.asinh(y)
-        z: Tensor = 2 * self.layers(self.embed(torch.cat([y, y.abs()], dim=1)))  # means need signs, scales magnitudes
+        magnitudes = y.abs()
+        magnitudes = torch.log(magnitudes + torch.sqrt(y * y + 1))  # asinh, which torch computes one by one on a CPU
+        # Means need signs, scales magnitudes.
+        z: Tensor = 2 * self.layers(self.embed(torch.cat([magnitudes.copysign(y), magnitudes], dim=1)))
         return (z + coarse).clamp(-ACTIVATION_MAX, ACTIVATION_MAX)
 
 
@@ -105,7 +108,7 @@ class HyperSynthesis(nn.Module):
         features = self.mix2(self.spatial2(F.pixel_shuffle(self.up2(x), 2)), q)
         # Weights are eighths on each axis, so 16-bit integers times 1/64: exact in float32.
         coarse = F.interpolate(self.coarse(z_hat), scale_factor=4, mode="bilinear", align_corners=False)
-        return Hyper(features, round_ste(coarse) if torch.is_grad_enabled() else coarse.round_())
+        return Hyper(features, *split_halves(round_ste(coarse) if torch.is_grad_enabled() else coarse.round_()))
 
 
 class ParameterHead(nn.Module):
@@ -129,26 +132,26 @@ class ParameterHead(nn.Module):
 
     def forward(self, x: Tensor, q: Tensor, coarse: Tensor) -> GaussianParams:
         """``x`` (B, in_channels, h, w), ``q`` (B, 1, h, w) or 1x1, this half's ``coarse`` means (B, M/2, h, w)."""
-        height, width = x.shape[-2:]
+        batch, _, height, width = x.shape
         board = checkerboard(height, width, x.device)
-        rows, q_rows = _rows(x, board), _rows(q, board) if q.shape[-2:] != (1, 1) else q[:, 0]
-        rows = torch.cat([rows, self.mix.pointwise(rows, q_rows)], dim=-1)
+        rows, q_rows = _rows(x, board), _rows(q.expand(batch, 1, height, width), board)
+        inputs = rows, self.mix.pointwise([rows], q_rows)
+        num_even = batch * board.num_even
         outputs = []
         for layer in (self.means, self.indexes):
             parts = []
-            for start, span in ((0, slice(0, board.num_even)), (1, slice(board.num_even, None))):
-                channels = slice(start if self.first else 1 - start, None, 2)
-                q_part = q_rows[:, span] if q_rows.shape[1] > 1 else q_rows
-                parts.append(layer.pointwise(rows[:, span], q_part, channels))
-            out = torch.cat(parts, dim=1)[:, board.inverse]
-            outputs.append(out.unflatten(1, (height, width)).permute(0, 3, 1, 2))
+            for parity, span in ((0, slice(0, num_even)), (1, slice(num_even, None))):
+                channels = slice(parity if self.first else 1 - parity, None, 2)
+                parts.append(layer.pointwise([t[span] for t in inputs], q_rows[span], channels))
+            out = torch.cat(parts).unflatten(0, (height * width, batch))[board.inverse]
+            outputs.append(out.transpose(0, 1).unflatten(1, (height, width)).permute(0, 3, 1, 2))
         means, indexes = outputs
         return GaussianParams(coarse + means, indexes)
 
 
 def _rows(x: Tensor, board: Checkerboard) -> Tensor:
-    """(B, C, h, w) to (B, h w, C), even positions first."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)[:, board.order]
+    """(B, C, h, w) to (h w B, C), even positions first."""
+    return x.permute(2, 3, 0, 1).flatten(0, 1)[board.order].flatten(0, 1)
 
 
 class EntropyParameters(nn.Module):
@@ -170,7 +173,7 @@ class EntropyParameters(nn.Module):
 
     def first_params(self, hyper: Hyper, q: Tensor) -> GaussianParams:
         """Parameters of the first half of ``y``."""
-        params: GaussianParams = self.first(hyper.features, q, split_halves(hyper.coarse)[0])
+        params: GaussianParams = self.first(hyper.features, q, hyper.coarse_first)
         return params
 
     @torch.no_grad()
@@ -182,13 +185,12 @@ class EntropyParameters(nn.Module):
 
     def second_params(self, hyper: Hyper, y_first: Tensor, q: Tensor) -> GaussianParams:
         """Parameters of the second half, given the first as ``y_first`` (B, M/2, h, w), y_hat in 1/MEAN_STEPS."""
-        first_coarse, second_coarse = split_halves(hyper.coarse)
-        fine = merge_halves(y_first - first_coarse, torch.zeros_like(y_first))
+        fine = spread_first(y_first - hyper.coarse_first)
         coarse = round_ste(fine / COARSE_VIEW) if torch.is_grad_enabled() else (fine / COARSE_VIEW).round()
         # Signs and magnitudes: means follow the one, scales the other.
-        views = torch.cat([fine, coarse, fine.abs()], dim=1).clamp(-ACTIVATION_MAX, ACTIVATION_MAX)
+        views = torch.cat([fine, coarse, fine.abs()], dim=1).clamp_(-ACTIVATION_MAX, ACTIVATION_MAX)
         context = self.squeeze(self.context(views))
-        params: GaussianParams = self.second(torch.cat([hyper.features, context], dim=1), q, second_coarse)
+        params: GaussianParams = self.second(torch.cat([hyper.features, context], dim=1), q, hyper.coarse_second)
         return params
 
 

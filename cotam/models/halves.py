@@ -49,3 +49,9 @@ def merge_halves(first: Tensor, second: Tensor) -> Tensor:
     odd = checkerboard(first.shape[2], first.shape[3], first.device).odd
     pairs = torch.where(odd, second, first), torch.where(odd, first, second)
     return torch.stack(pairs, dim=2).flatten(1, 2)
+
+
+def spread_first(first: Tensor) -> Tensor:
+    """``merge_halves`` of ``first`` and zeros."""
+    odd = checkerboard(first.shape[2], first.shape[3], first.device).odd
+    return torch.stack([first.masked_fill(odd, 0), first.masked_fill(~odd, 0)], dim=2).flatten(1, 2)

@@ -11,6 +11,7 @@ straight-through gradients to the real-valued parameters behind the integers, so
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -142,13 +143,19 @@ class IntConv2d(nn.Module):
             out = out + q * kernel.gain[:, None, None]
         return self._round(out)
 
-    def pointwise(self, x: Tensor, q: Tensor, channels: slice = slice(None)) -> Tensor:
-        """A 1x1 layer on (B, n, I), positions in any order, ``q`` (B, n or 1, 1): (B, n, O), or those ``channels``."""
+    def pointwise(self, inputs: Sequence[Tensor], q: Tensor, channels: slice = slice(None)) -> Tensor:
+        """A 1x1 layer on rows: ``inputs`` (n, I_k) side by side make the I channels, ``q`` (n, 1); (n, O) comes out.
+
+        ``channels`` are the output channels to compute.
+        """
         kernel = self._kernel if self._kernel is not None else Kernel.of(self.integers())
-        with torch.autocast(x.device.type, enabled=False):
-            out = F.linear(x, kernel.weight[channels, :, 0, 0], kernel.bias[channels])
-        if self.quality_bias:
-            out = out + q * kernel.gain[channels]
+        with torch.autocast(q.device.type, enabled=False):
+            weights = kernel.weight[channels, :, 0, 0].T.split([x.shape[1] for x in inputs])
+            out = kernel.bias[channels].expand(len(q), -1)
+            for x, weight in zip(inputs, weights, strict=True):
+                out = torch.addmm(out, x, weight)
+            if self.quality_bias:
+                out = torch.addr(out, q[:, 0], kernel.gain[channels])
         return self._round(out)
 
     def _round(self, x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The analysis and synthesis transforms g_a and g_s: image to latent at 1/16 and back.
 
-                 +--- PixelUnshuffle(16) - 1x1 (KLT) -------------------------------+
-    image - 0.5 -+                                                                  +-> y
-                 +--- PixelUnshuffle(8) - 1x1 - blocks at 1/8 - 2x2 stride 2 - blocks at 1/16 - 1x1 (zero at first)
+                 +--- 16x16 stride 16 (KLT) ------------------------------------------+
+    image - 0.5 -+                                                                    +-> y
+                 +--- 8x8 stride 8 - blocks at 1/8 - 2x2 stride 2 - blocks at 1/16 - 1x1 (zero at first)
 
 ``g_s`` mirrors it with numbers of blocks of its own; where there are none at 1/16, the layer after them is left out.
 The linear path is a Karhunen-Loeve transform of 16x16 blocks fitted to training patches, so training starts at a
@@ -12,11 +12,10 @@ transform coder; the convolutional body learns what a linear block transform can
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cotam.config import CodecConfig
-from cotam.models.layers import DepthwiseBlock, init_unit, start_at_zero
+from cotam.models.layers import DepthwiseBlock, init_unit, join_blocks, start_at_zero
 
 LATENT_STRIDE = 16
 # What a body's unit-variance features add, so that steps of the optimiser are small against a quantisation step.
@@ -32,10 +31,9 @@ class AnalysisTransform(nn.Module):
         super().__init__()
         n8, n16 = config.N8, config.N16
         num_blocks8, num_blocks16 = config.analysis_blocks
-        self.linear = nn.Conv2d(_PATCH_DIM, config.M, 1)
+        self.linear = nn.Conv2d(3, config.M, LATENT_STRIDE, stride=LATENT_STRIDE)
         layers: list[nn.Module] = [
-            nn.PixelUnshuffle(8),
-            init_unit(nn.Conv2d(192, n8, 1), 4.0),  # pixels have a deviation near 1/4
+            init_unit(nn.Conv2d(3, n8, 8, stride=8), 4.0),  # pixels have a deviation near 1/4
             *(DepthwiseBlock(n8) for _ in range(num_blocks8)),
             init_unit(nn.Conv2d(n8, n16 if num_blocks16 else config.M, 2, stride=2)),
         ]
@@ -46,7 +44,7 @@ class AnalysisTransform(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x - 0.5
-        y: Tensor = self.linear(F.pixel_unshuffle(x, LATENT_STRIDE)) + _Y_SCALE * self.body(x)
+        y: Tensor = self.linear(x) + _Y_SCALE * self.body(x)
         return y
 
 
@@ -65,14 +63,13 @@ class SynthesisTransform(nn.Module):
             init_unit(nn.Conv2d(n16 if num_blocks16 else config.M, 4 * n8, 1)),
             nn.PixelShuffle(2),
             *(DepthwiseBlock(n8) for _ in range(num_blocks8)),
-            start_at_zero(nn.Conv2d(n8, 192, 1)),
-            nn.PixelShuffle(8),
+            start_at_zero(nn.Conv2d(n8, 3 * 8 * 8, 1)),
         ]
         self.body = nn.Sequential(*layers)
 
     def forward(self, y_hat: Tensor) -> Tensor:
-        x: Tensor = F.pixel_shuffle(self.linear(y_hat), LATENT_STRIDE) + _PIXEL_SCALE * self.body(y_hat)
-        return x + 0.5
+        x = join_blocks(self.linear(y_hat), LATENT_STRIDE)
+        return x + join_blocks(_PIXEL_SCALE * self.body(y_hat) + 0.5, 8)
 
 
 def halo(config: CodecConfig) -> int:
@@ -98,10 +95,11 @@ def init_klt(g_a: nn.Module, g_s: nn.Module, patches: Tensor) -> Tensor:
     eigenvalues, eigenvectors = torch.linalg.eigh(torch.cov((centred - mean).T))
     num_kept = g_a.linear.out_channels
     basis = eigenvectors.flip(1)[:, :num_kept].T  # (M, 768), largest energy first
-    g_a.linear.weight.copy_(basis[:, :, None, None])
+    g_a.linear.weight.copy_(basis.unflatten(1, (3, LATENT_STRIDE, LATENT_STRIDE)))
     g_a.linear.bias.copy_(-(basis @ mean))  # type: ignore[union-attr]
-    g_s.linear.weight.copy_(basis.T[:, :, None, None])
-    g_s.linear.bias.copy_(mean)  # type: ignore[union-attr]
+    order = torch.arange(_PATCH_DIM, device=basis.device).unflatten(0, (3, -1)).T.flatten()  # colour last
+    g_s.linear.weight.copy_(basis.T[order, :, None, None])
+    g_s.linear.bias.copy_(mean[order])  # type: ignore[union-attr]
     deviation = eigenvalues.flip(0)[:num_kept].clamp_min(1e-12).sqrt().float()
     first = g_s.body[0]
     assert isinstance(first, nn.Conv2d)

@@ -129,8 +129,9 @@ def test_every_layer_equals_integer_arithmetic(network: EntropyParameters) -> No
         with torch.inference_mode():
             actual = layer(x, q).numpy()
             if not layer.depthwise:
-                rows = layer.pointwise(x.flatten(2).mT, q.flatten(2).mT, slice(1, None, 2))
-                np.testing.assert_array_equal(rows.mT.unflatten(2, (5, 6)).numpy(), actual[:, 1::2])
+                x_rows, q_rows = (t.permute(0, 2, 3, 1).flatten(0, 2) for t in (x, q))
+                rows = layer.pointwise(x_rows.split([3, num_in - 3], dim=1), q_rows, slice(1, None, 2))
+                np.testing.assert_array_equal(rows.unflatten(0, (2, 5, 6)).permute(0, 3, 1, 2), actual[:, 1::2])
         np.testing.assert_array_equal(
             actual, _integer_conv(layer, x.numpy().astype(np.int64), q.numpy().astype(np.int64))
         )
