@@ -31,49 +31,22 @@ import torch
 from compressai.models.sensetime import Elic2022Official
 from compressai.zoo import mbt2018_mean
 from images import load_images
+from stages import Clock, Stages, watch
 from torch import Tensor
 
 import cotam.codec
 from cotam.codec import Codec
 from cotam.config import load_yaml
-from cotam.entropy.rans import RansDecoder
 from cotam.image import RGBImage, decode_image, encode_image
 from cotam.models.codec_model import CodecModel
 from cotam.train.config import CodecTrainConfig
 from cotam.weights import dump_codec, parse_codec
 
-Clock = Callable[[], float]
 _CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 _QUALITY = 4.0
 CONTESTANTS = ("cotam", "mbt2018-mean", "webp", "avif", "elic-vbr", "elic2022")
 SLOW = ("elic-vbr", "elic2022")  # they run twice, and the second run counts
 ELIC_VBR = Path(cotam.codec.__file__).parent / "configs/elic-vbr.yaml"
-
-
-class Stages:
-    """Seconds inside named stages, measured by wrapping the functions they consist of."""
-
-    def __init__(self) -> None:
-        self.clock, self.seconds = time.perf_counter, dict[str, float]()
-
-    def wrap(self, stage: str, owner: object, name: str) -> None:
-        """Count the time in ``owner.name`` towards ``stage`` from now on."""
-        function = getattr(owner, name)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start = self.clock()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.seconds[stage] = self.seconds.get(stage, 0.0) + self.clock() - start
-
-        setattr(owner, name, timed)
-
-    def take(self, clock: Clock) -> dict[str, float]:
-        """The seconds of every stage since the last call; ``clock`` counts from now on."""
-        self.clock = clock
-        seconds, self.seconds = self.seconds, {}
-        return seconds
 
 
 class Contestant(NamedTuple):
@@ -125,7 +98,7 @@ def main() -> None:
             print(f"    {stage:20}{1e3 * spent:9.1f} ms{100 * spent / total:7.1f} %")
 
 
-def _contestant(name: str, weights: str, threads: int) -> Contestant:
+def _contestant(name: str, weights: str, threads: int, clock: Clock) -> Contestant:
     def neural(model: Any) -> Contestant:
         model.eval().update()
         return Contestant(partial(_encode_reference, model), partial(_decode_reference, model))
@@ -136,7 +109,7 @@ def _contestant(name: str, weights: str, threads: int) -> Contestant:
     torch.manual_seed(0)
     if name == "cotam":
         codec = Codec.load(weights)
-        return Contestant(lambda image: codec.encode(image, _QUALITY), codec.decode, _watch(codec))
+        return Contestant(lambda image: codec.encode(image, _QUALITY), codec.decode, watch(codec, clock))
     if name == "elic-vbr":
         model = CodecModel(load_yaml(CodecTrainConfig, ELIC_VBR).model)
         codec = Codec(parse_codec(dump_codec(model), name))
@@ -155,16 +128,16 @@ def _work(connection: Connection, name: str, args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     clock = _CLOCKS[args.clock]
     images = load_images(args.images)[: args.num_images]
-    contestant = _contestant(name, args.weights, args.threads)
+    contestant = _contestant(name, args.weights, args.threads, clock)
     while (index := connection.recv()) is not None:
         timing: dict[str, dict[str, float]] = {}
         data: Any = images[index]
         for direction, run in (("encode", contestant.encode), ("decode", contestant.decode)):
-            contestant.stages.take(clock)
+            contestant.stages.take()
             start = clock()
             data = run(data)
             spent = clock() - start
-            timing[direction] = {"total": spent, **contestant.stages.take(clock)}
+            timing[direction] = {"total": spent, **contestant.stages.take()}
         connection.send(timing)
 
 
@@ -192,22 +165,6 @@ def _compare(args: argparse.Namespace, num_images: int) -> dict[str, Any]:
         return {stage: median(part.get(stage, 0.0) for part in parts) for stage in parts[0]}
 
     return {name: {d: medians(name, d) for d in ("encode", "decode")} for name in CONTESTANTS}
-
-
-def _watch(codec: Codec) -> Stages:
-    stages = Stages()
-    stages.wrap("g_a", codec.model.g_a, "forward")
-    stages.wrap("h_a", codec.model.h_a, "forward")
-    stages.wrap("gains and g_s", codec.model, "reconstruct")
-    for name in ("hyper", "first_params", "second_params"):
-        stages.wrap("integer network", codec.model.entropy_parameters, name)
-    stages.wrap("rANS", codec._coder, "encode")
-    stages.wrap("rANS", RansDecoder, "decode")
-    stages.wrap("skipping", cotam.codec, "drop_skipped")
-    stages.wrap("skipping", cotam.codec, "restore_skipped")
-    stages.wrap("container", cotam.codec, "pack")
-    stages.wrap("container", cotam.codec, "unpack")
-    return stages
 
 
 @torch.inference_mode()

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
 from numpy.typing import NDArray
 
@@ -139,6 +140,26 @@ def test_importance_moves_bits_to_where_it_is(codec: Codec, photos: dict[str, RG
     uniform = codec.decode(codec.encode(image, 4))
     assert _psnr(steered[inside], image[inside]) > _psnr(uniform[inside], image[inside]) + 1
     assert _psnr(steered[~inside], image[~inside]) < _psnr(uniform[~inside], image[~inside])
+
+
+def test_each_region_has_the_fidelity_of_its_own_quality(codec: Codec) -> None:
+    """Quality 7 in a square, 1 around it: away from the seam as with 7, or 1, everywhere; and the bits follow."""
+    image = np.ascontiguousarray(skimage.data.coffee()[:384, :576])
+    region = np.zeros((24, 36))
+    region[6:18, 10:26] = 1
+    inside = np.zeros(image.shape[:2], bool)
+    inside[128:256, 192:384] = True
+    outside = np.ones(image.shape[:2], bool)
+    outside[64:320, 128:448] = False
+    strength = 6.0
+    mixed = codec.encode(image, 1 + strength * region.mean(), region, strength)
+    low, high = codec.encode(image, 1), codec.encode(image, 7)
+    decoded, decoded_low, decoded_high = codec.decode_batch([mixed, low, high])
+    assert abs(_psnr(decoded[inside], image[inside]) - _psnr(decoded_high[inside], image[inside])) < 0.3
+    assert abs(_psnr(decoded[outside], image[outside]) - _psnr(decoded_low[outside], image[outside])) < 0.3
+    expected = region.mean() * len(codec.encode(image[96:288, 160:416], 7)) * image.size / image[96:288, 160:416].size
+    expected += (1 - region.mean()) * len(low)
+    assert abs(len(mixed) - expected) < 0.15 * expected
 
 
 def test_importance_without_contrast_or_strength_is_a_uniform_quality(

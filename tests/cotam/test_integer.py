@@ -56,7 +56,7 @@ def _run(network: EntropyParameters, inputs: Inputs) -> list[Tensor]:
     hyper = network.hyper(inputs.z_hat, inputs.q, *inputs.q.shape[-2:])
     first = network.first_params(hyper, inputs.q)
     second = network.second_params(hyper, inputs.y_first, inputs.q)
-    return [hyper, *first, *second]
+    return [*hyper, *first, *second]
 
 
 def _one_at_a_time(network: EntropyParameters, inputs: Inputs) -> list[Tensor]:

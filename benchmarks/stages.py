@@ -1,0 +1,55 @@
+"""Where time goes: seconds inside named stages, measured by wrapping the functions they consist of."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import cotam.codec
+from cotam.codec import Codec
+from cotam.entropy.rans import RansDecoder
+
+Clock = Callable[[], float]
+
+
+class Stages:
+    """Seconds by stage. Of functions that run in several threads at once, the seconds of all threads add up."""
+
+    def __init__(self, clock: Clock = time.perf_counter) -> None:
+        self.clock, self.seconds = clock, dict[str, float]()
+
+    def wrap(self, stage: str, owner: object, name: str) -> None:
+        """Count the time in ``owner.name`` towards ``stage`` from now on."""
+        function = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = self.clock()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[stage] = self.seconds.get(stage, 0.0) + self.clock() - start
+
+        setattr(owner, name, timed)
+
+    def take(self) -> dict[str, float]:
+        """The seconds of every stage since the last call."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+
+def watch(codec: Codec, clock: Clock = time.perf_counter) -> Stages:
+    """Stages of this codec's encoding and decoding."""
+    stages = Stages(clock)
+    stages.wrap("g_a", codec.model.g_a, "forward")
+    stages.wrap("h_a", codec.model.h_a, "forward")
+    stages.wrap("gains and g_s", codec.model, "reconstruct")
+    for name in ("hyper", "first_params", "second_params"):
+        stages.wrap("integer network", codec.model.entropy_parameters, name)
+    stages.wrap("rANS", codec._coder, "encode")
+    stages.wrap("rANS", RansDecoder, "decode")
+    stages.wrap("skipping", cotam.codec, "drop_skipped")
+    stages.wrap("skipping", cotam.codec, "restore_skipped")
+    stages.wrap("container", cotam.codec, "pack")
+    stages.wrap("container", cotam.codec, "unpack")
+    return stages
