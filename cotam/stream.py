@@ -1,6 +1,7 @@
 """Encoding and decoding of streams: reading, image decoding, networks and entropy coding overlap; memory is bounded.
 
-    samples -(thread)-> image decoding (threads) -> batches -(thread)-> networks -> entropy coding (threads) -> in order
+    samples -(thread)-> image decoding (threads) -> batches -(thread)-> importance -(thread)-> networks
+        -> entropy coding (threads) -> in order
 
 Every stage holds a bounded number of images, so memory does not depend on the length of the stream.
 """
@@ -18,6 +19,7 @@ from typing import NamedTuple, TypeVar
 from cotam.bitstream import BitstreamError
 from cotam.codec import Codec, CompressedImage
 from cotam.image import ImageError, RGBImage, decode_image
+from cotam.importance.source import ImportanceMap, ImportanceSource
 from cotam.store.schema import Reject, Row, Sample
 
 A = TypeVar("A")
@@ -27,15 +29,25 @@ _BATCH_IMAGES = 16
 _BATCH_PIXELS = 2**24
 
 
+class Steering(NamedTuple):
+    """How importance steers quality: where maps come from, how many levels they span, and whether rows keep them."""
+
+    source: ImportanceSource
+    strength: float = 2.0
+    keep_map: bool = False
+
+
 class _Decoded(NamedTuple):
     sample: Sample
     pixels: RGBImage
     format: str
+    importance: ImportanceMap | None = None
 
 
 class _Compressed(NamedTuple):
-    decoded_from: Sample
+    sample: Sample
     format: str
+    importance: ImportanceMap | None
     compressed: CompressedImage
 
 
@@ -47,7 +59,11 @@ class DecodedRow(NamedTuple):
 
 
 def encode_stream(
-    samples: Iterable[Sample | Reject], codec: Codec, quality: float = 4.0, num_threads: int = 2
+    samples: Iterable[Sample | Reject],
+    codec: Codec,
+    quality: float = 4.0,
+    num_threads: int = 2,
+    steering: Steering | None = None,
 ) -> Iterator[Row | Reject]:
     """Encode samples: one row or one reject for each, in order.
 
@@ -56,6 +72,7 @@ def encode_stream(
         codec: shared by all threads.
         quality: level of every image.
         num_threads: threads for image decoding, and as many for entropy coding.
+        steering: by importance; None for a uniform quality.
 
     Raises:
         Whatever ``samples`` raises, after the rows before it.
@@ -65,8 +82,12 @@ def encode_stream(
         ThreadPoolExecutor(num_threads, thread_name_prefix="cotam-rans") as coders,
     ):
         decoded = ordered_map(decoders, lambda s: _decode_sample(s, codec), prefetch(samples, 4), 2 * num_threads)
-        compressed = _compress(_batches(decoded, lambda d: d.pixels.size // 3), codec, quality)
-        yield from ordered_map(coders, lambda c: _pack(c, codec), prefetch(compressed, _BATCH_IMAGES), 2 * num_threads)
+        batches = _batches(decoded, lambda d: d.pixels.size // 3)
+        if steering is not None:
+            batches = prefetch(_estimate(batches, steering.source), 1)
+        strength, keep_map = (steering.strength, steering.keep_map) if steering is not None else (0.0, False)
+        compressed = prefetch(_compress(batches, codec, quality, strength), _BATCH_IMAGES)
+        yield from ordered_map(coders, lambda c: _pack(c, codec, keep_map), compressed, 2 * num_threads)
 
 
 def decode_stream(rows: Iterable[Row], codec: Codec, num_threads: int = 2) -> Iterator[DecodedRow | Reject]:
@@ -158,21 +179,41 @@ def _decode_sample(sample: Sample | Reject, codec: Codec) -> _Decoded | Reject:
     return _Decoded(sample, image.pixels, image.format)
 
 
+def _estimate(
+    batches: Iterable[list[_Decoded | Reject]], source: ImportanceSource
+) -> Iterator[list[_Decoded | Reject]]:
+    for batch in batches:
+        images = [item for item in batch if isinstance(item, _Decoded)]
+        maps = iter(source([i.sample for i in images], [i.pixels for i in images]))
+        yield [item if isinstance(item, Reject) else _with_importance(item, next(maps)) for item in batch]
+
+
+def _with_importance(item: _Decoded, importance: ImportanceMap | ValueError) -> _Decoded | Reject:
+    if isinstance(importance, ValueError):
+        sample = item.sample
+        error = str(importance)
+        return Reject(key=sample.key, source=sample.source, stage="importance", error=error, image=sample.image)
+    return item._replace(importance=importance)
+
+
 def _compress(
-    batches: Iterable[list[_Decoded | Reject]], codec: Codec, quality: float
+    batches: Iterable[list[_Decoded | Reject]], codec: Codec, quality: float, strength: float
 ) -> Iterator[_Compressed | Reject]:
     for batch in batches:
         images = [item for item in batch if isinstance(item, _Decoded)]
-        indexes = [codec.quality_index(quality, item.pixels, None, 0.0) for item in images]
+        indexes = [codec.quality_index(quality, item.pixels, item.importance, strength) for item in images]
         compressed = iter(codec.compress([item.pixels for item in images], indexes))
         for item in batch:
-            yield item if isinstance(item, Reject) else _Compressed(item.sample, item.format, next(compressed))
+            if isinstance(item, Reject):
+                yield item
+            else:
+                yield _Compressed(item.sample, item.format, item.importance, next(compressed))
 
 
-def _pack(item: _Compressed | Reject, codec: Codec) -> Row | Reject:
+def _pack(item: _Compressed | Reject, codec: Codec, keep_map: bool) -> Row | Reject:
     if isinstance(item, Reject):
         return item
-    sample, compressed = item.decoded_from, item.compressed
+    sample, compressed, importance = item.sample, item.compressed, item.importance
     return Row(
         key=sample.key,
         source=sample.source,
@@ -183,6 +224,8 @@ def _pack(item: _Compressed | Reject, codec: Codec) -> Row | Reject:
         source_num_bytes=len(sample.image),
         source_format=item.format,
         source_sha256=hashlib.sha256(sample.image).hexdigest(),
+        mean_importance=None if importance is None else float(importance.mean()),
+        importance=importance.tolist() if keep_map and importance is not None else None,
         members=sample.members,
     )
 

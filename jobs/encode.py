@@ -17,6 +17,15 @@ def encode(
     dst: Annotated[str, typer.Argument(help="Output folder or URI. A finished DST is left as it is.")],
     quality: Annotated[float, typer.Option(help="Quality level, 1 (smallest) to 8.")] = 4.0,
     model: Model = "cotam-base",
+    importance: Annotated[
+        str, typer.Option(help="clip (attention of --clip), member:NAME (a map in each sample), or none.")
+    ] = "none",
+    strength: Annotated[float, typer.Option(help="Quality levels that an importance of 1 lies above one of 0.")] = 2.0,
+    clip: Annotated[
+        str, typer.Option(help="open_clip ViT as ARCHITECTURE:PRETRAINED or ARCHITECTURE:FILE.safetensors.")
+    ] = "ViT-L-14-336:openai",
+    layer: Annotated[int, typer.Option(help="Layer of --clip whose attention is read, from 1.", min=1)] = 3,
+    keep_importance: Annotated[bool, typer.Option(help="Store the importance maps.")] = False,
     image_column: Annotated[str | None, typer.Option(help="Image column of Parquet input.")] = None,
     max_pixels: Annotated[int, typer.Option(help="Larger images are rejects.", min=1)] = MAX_PIXELS,
     keep_rejects: Annotated[bool, typer.Option(help="Keep the original bytes of rejects.")] = True,
@@ -41,10 +50,17 @@ def encode(
     num_levels = loaded.model.config.num_levels
     if not 1 <= quality <= num_levels:
         raise typer.BadParameter(f"--quality {quality:g} is outside [1, {num_levels}] of {model}")
+    clip_sha256 = ""
+    if importance == "clip":
+        from cotam.importance.tower import AttentionTower
+
+        clip_sha256 = AttentionTower.load(clip, layer).fingerprint()
     partitions = list_partitions(src, image_column)
     config = EncodeConfig(
-        model=model, model_sha256=loaded.sha256, quality=quality, max_pixels=max_pixels, keep_rejects=keep_rejects
-    )
+        model=model, model_sha256=loaded.sha256, quality=quality, max_pixels=max_pixels, keep_rejects=keep_rejects,
+        importance=importance, clip=clip, layer=layer, clip_sha256=clip_sha256, strength=strength,
+        keep_importance=keep_importance,
+    )  # fmt: skip
     store = RunStore(dst)
     with store.lock():
         config_hash = store.open_run("encode", dataclasses.asdict(config), [src])

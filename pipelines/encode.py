@@ -10,12 +10,15 @@ import torch
 
 from cotam.codec import Codec
 from cotam.image import MAX_PIXELS
+from cotam.importance.source import from_member
 from cotam.store.readers import Partition, member_types, read_partition
 from cotam.store.records import Completion, RunStore
 from cotam.store.schema import SCHEMA_VERSION, Row
 from cotam.store.shard import RejectWriter, ShardWriter, file_sha256
-from cotam.stream import encode_stream
+from cotam.stream import Steering, encode_stream
 from pipelines.counter import Counter, Report
+
+DEFAULT_CLIP = "ViT-L-14-336:openai"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,11 @@ class EncodeConfig:
         quality: level of every image.
         max_pixels: larger images are rejects.
         keep_rejects: store the original bytes of rejects.
+        importance: "none", "clip", or the name of a member of the samples as "member:NAME".
+        clip, layer: the tower and the layer of it whose attention is read.
+        clip_sha256: its fingerprint.
+        strength: how many quality levels an importance of 1 lies above one of 0.
+        keep_importance: store the maps.
     """
 
     model: str = "cotam-base"
@@ -35,6 +43,16 @@ class EncodeConfig:
     quality: float = 4.0
     max_pixels: int = MAX_PIXELS
     keep_rejects: bool = True
+    importance: str = "none"
+    clip: str = DEFAULT_CLIP
+    layer: int = 3
+    clip_sha256: str = ""
+    strength: float = 2.0
+    keep_importance: bool = False
+
+    def __post_init__(self) -> None:
+        if self.importance not in ("none", "clip") and not self.importance.startswith("member:"):
+            raise ValueError(f"importance must be clip, none or member:NAME, not {self.importance!r}")
 
 
 class EncodeTask:
@@ -51,6 +69,7 @@ class EncodeTask:
         torch.set_num_threads(num_threads)
         self._config, self._config_hash, self._num_threads = config, config_hash, num_threads
         self._codec = Codec.load(config.model, device, config.max_pixels)
+        self._steering = _steering(config, device)
         if config.model_sha256 and self._codec.sha256 != config.model_sha256:
             raise ValueError(f"{config.model} differs from the weights that this run started with")
 
@@ -67,7 +86,8 @@ class EncodeTask:
             shard, bad = Path(folder) / "shard.parquet", Path(folder) / "rejects.parquet"
             with ShardWriter(shard, metadata, member_types(partition)) as writer, RejectWriter(bad) as rejects:
                 samples = read_partition(partition)
-                for item in encode_stream(samples, self._codec, self._config.quality, self._num_threads):
+                quality = self._config.quality
+                for item in encode_stream(samples, self._codec, quality, self._num_threads, self._steering):
                     if isinstance(item, Row):
                         writer.write(item)
                         counts.row(item)
@@ -79,3 +99,19 @@ class EncodeTask:
             path = f"data/{partition.partition_id}.parquet"
             store.root.publish(shard, path)
         return counts.completion(partition, path, num_bytes, sha256)
+
+
+def _steering(config: EncodeConfig, device: str) -> Steering | None:
+    if config.importance == "none" or config.strength == 0:
+        return None
+    if config.importance == "clip":
+        from cotam.importance.estimate import ImportanceEstimator, from_estimator  # open_clip takes seconds to import
+        from cotam.importance.tower import AttentionTower
+
+        tower = AttentionTower.load(config.clip, config.layer)
+        if config.clip_sha256 and tower.fingerprint() != config.clip_sha256:
+            raise ValueError(f"{config.clip} differs from the weights that this run started with")
+        source = from_estimator(ImportanceEstimator(tower, device))
+    else:
+        source = from_member(config.importance.removeprefix("member:"))
+    return Steering(source, config.strength, config.keep_importance)

@@ -17,6 +17,8 @@ SHARD_FIELDS = (
     pa.field("bitstream", pa.binary()),
     pa.field("bpp", pa.float32()),
     pa.field("quality", pa.float32()),
+    pa.field("mean_importance", pa.float32()),
+    pa.field("importance", pa.list_(pa.list_(pa.float32()))),
     pa.field("source_num_bytes", pa.int64()),
     pa.field("source_format", pa.string()),
     pa.field("source_sha256", pa.string()),
@@ -53,7 +55,10 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One encoded image: the columns of SHARD_FIELDS, and the sample's ``members``."""
+    """One encoded image: the columns of SHARD_FIELDS, and the sample's ``members``.
+
+    ``mean_importance`` is None under a uniform quality, ``importance`` (rows, columns) unless it was asked for.
+    """
 
     key: str
     source: str
@@ -64,6 +69,8 @@ class Row:
     source_num_bytes: int
     source_format: str
     source_sha256: str
+    mean_importance: float | None = None
+    importance: list[list[float]] | None = None
     members: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -78,7 +85,7 @@ class Reject:
 
     Attributes:
         key, source: as in ``Sample``.
-        stage: "read", "decode", "encode" or "verify".
+        stage: "read", "decode", "importance", "encode" or "verify".
         error: why, in one line.
         image: the original bytes, or None where there are none.
     """

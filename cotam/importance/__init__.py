@@ -1,0 +1,1 @@
+"""Where a vision encoder looks: importance maps that steer the codec."""

@@ -1,0 +1,39 @@
+"""Where importance maps come from: a CLIP tower, or a member of the sample itself."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cotam.image import RGBImage
+from cotam.store.schema import Sample
+
+ImportanceMap = NDArray[np.float32]  # (rows, columns) in [0, 1]
+# From samples and their decoded images to a map for each, or the error that makes it a reject.
+ImportanceSource = Callable[[Sequence[Sample], Sequence[RGBImage]], Sequence[ImportanceMap | ValueError]]
+
+
+def from_member(name: str) -> ImportanceSource:
+    """Maps that the samples bring along as member ``name``: the bytes of a .npy file, or nested lists; in [0, 1]."""
+
+    def read(samples: Sequence[Sample], images: Sequence[RGBImage]) -> list[ImportanceMap | ValueError]:
+        return [_read_member(sample, name) for sample in samples]
+
+    return read
+
+
+def _read_member(sample: Sample, name: str) -> ImportanceMap | ValueError:
+    value = sample.members.get(name)
+    if value is None:
+        return ValueError(f"no importance: the sample has no member {name!r}")
+    try:
+        array = np.load(io.BytesIO(value), allow_pickle=False) if isinstance(value, bytes) else np.asarray(value)
+        importance = array.astype(np.float32)
+    except (ValueError, TypeError, EOFError, OSError) as error:
+        return ValueError(f"importance member {name!r} is no array of numbers: {str(error).splitlines()[0]}")
+    if importance.ndim != 2 or importance.size == 0 or not ((importance >= 0) & (importance <= 1)).all():
+        return ValueError(f"importance member {name!r} must be a 2-D map of values in [0, 1]")
+    return importance

@@ -1,0 +1,125 @@
+"""A CLIP image tower up to one shallow layer, and the attention of its class token there."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from torch import Tensor, nn
+
+
+class AttentionTower(nn.Module):
+    """Attention of the class token over patches in layer ``layer`` of a ViT, averaged over heads.
+
+    Only the layers below run, and of the layer itself only the queries of the class token and the keys (early exit).
+    Images of any aspect are taken: positions are interpolated.
+
+    Args:
+        visual: open_clip's image tower, a plain ViT. Its later layers are dropped.
+        layer: which layer is read, from 1.
+        mean, std: of the channels, for pixels in [0, 1].
+
+    Raises:
+        ValueError: not a plain ViT, or no such layer.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, visual: nn.Module, layer: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        if not isinstance(visual, VisionTransformer) or not isinstance(
+            visual.transformer.resblocks[0], ResidualAttentionBlock
+        ):
+            raise ValueError("importance needs a plain ViT of open_clip, such as ViT-L-14-336 or ViT-B-32")
+        blocks = visual.transformer.resblocks
+        if not 1 <= layer <= len(blocks):
+            raise ValueError(f"layer {layer} is outside [1, {len(blocks)}] of this tower")
+        self.visual, self.layer = visual, layer
+        visual.transformer.resblocks = blocks[:layer]
+        self.patch_px: int = visual.patch_size[0]
+        self.grid: tuple[int, int] = visual.grid_size
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+        self.eval().requires_grad_(False)
+
+    @classmethod
+    def load(cls, name: str, layer: int) -> AttentionTower:
+        """An open_clip model as ``ARCHITECTURE:PRETRAINED`` (``ViT-L-14-336:openai``) or ``ARCHITECTURE:FILE``.
+
+        A file is a safetensors file; a pretrained tag may be downloaded by open_clip.
+
+        Raises:
+            ValueError: unknown architecture, or weights that cannot be had or do not fit.
+        """
+        architecture, _, pretrained = name.partition(":")
+        if architecture not in open_clip.list_models() or not pretrained:
+            raise ValueError(f"no CLIP {name!r}: write ARCHITECTURE:PRETRAINED, such as ViT-L-14-336:openai")
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        if pretrained not in tags and not (pretrained.endswith(".safetensors") and Path(pretrained).is_file()):
+            raise ValueError(f"{pretrained!r} is no safetensors file and no tag of {architecture} ({', '.join(tags)})")
+        try:
+            model = open_clip.create_model(architecture, pretrained=pretrained)
+        except Exception as error:  # open_clip, the hub client and the network raise whatever they like
+            raise ValueError(f"cannot load CLIP {name}: {str(error).splitlines()[0]}") from error
+        config = open_clip.get_model_preprocess_cfg(model)
+        return cls(model.visual, layer, config["mean"], config["std"])
+
+    def fingerprint(self) -> str:
+        """The sha256 of everything that attention depends on, hexadecimal."""
+        digest = hashlib.sha256(f"{self.layer}".encode())
+        blocks = self.visual.transformer.resblocks
+        for part in (self.visual.conv1, self.visual.ln_pre, *blocks):
+            for name, tensor in sorted(part.state_dict().items()):
+                digest.update(name.encode())
+                digest.update(tensor.float().cpu().numpy().tobytes())
+        for tensor in (self.visual.class_embedding, self.visual.positional_embedding, self.mean, self.std):
+            digest.update(tensor.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """The patch grid for an image: its aspect, at most as many patches as the tower was trained with."""
+        num_patches = self.grid[0] * self.grid[1]
+        rows = math.sqrt(num_patches * height / width)
+        rows = min(max(1, round(rows)), num_patches)
+        return rows, min(max(1, round(rows * width / height)), num_patches // rows)
+
+    @torch.inference_mode()
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 RGB (B, 3, rows * patch_px, columns * patch_px) to attention, float32 (B, rows, columns), sum <= 1."""
+        visual = self.visual
+        dtype = visual.conv1.weight.dtype
+        x = ((images.float() / 255 - self.mean) / self.std).to(dtype)
+        patches = visual.conv1(x)
+        rows, columns = patches.shape[2:]
+        tokens = patches.flatten(2).transpose(1, 2)
+        class_token = visual.class_embedding.to(dtype).expand(len(x), 1, -1)
+        x = visual.ln_pre(torch.cat([class_token, tokens], dim=1) + self._positions(rows, columns, dtype))
+        *below, read = visual.transformer.resblocks
+        for block in below:
+            x = block(x)
+        x = read.ln_1(x)
+        width, num_heads = x.shape[2], read.attn.num_heads
+        weight, bias = read.attn.in_proj_weight, read.attn.in_proj_bias
+        query = F.linear(x[:, :1], weight[:width], bias[:width]).unflatten(2, (num_heads, -1)).transpose(1, 2)
+        keys = F.linear(x, weight[width : 2 * width], bias[width : 2 * width])
+        keys = keys.unflatten(2, (num_heads, -1)).transpose(1, 2)
+        scores = (query @ keys.transpose(2, 3)).float() / math.sqrt(width // num_heads)
+        attention: Tensor = scores.softmax(dim=-1).mean(dim=1)[:, 0, 1:]
+        return attention.unflatten(1, (rows, columns))
+
+    @functools.lru_cache(maxsize=256)  # noqa: B019 - a tower lives as long as its process
+    def _positions(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """Positional embeddings (1 + rows * columns, width), interpolated where the grid is not the tower's own."""
+        embedding = self.visual.positional_embedding
+        if (rows, columns) == self.grid:
+            return embedding.to(dtype)
+        grid = embedding[1:].float().unflatten(0, self.grid).permute(2, 0, 1)[None]
+        resized = F.interpolate(grid, size=(rows, columns), mode="bicubic", antialias=True, align_corners=False)
+        return torch.cat([embedding[:1].float(), resized[0].flatten(1).T]).to(dtype)

@@ -1,0 +1,182 @@
+"""Importance: the attention is CLIP's own, the early exit pays, and any image gets a map that steers the codec."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from open_clip.model import _build_vision_tower
+from open_clip.transformer import VisionTransformer
+from safetensors.torch import save_file
+
+from cotam.bitstream import unpack
+from cotam.codec import Codec
+from cotam.image import RGBImage, encode_image
+from cotam.importance.estimate import ImportanceEstimator, from_estimator
+from cotam.importance.source import from_member
+from cotam.importance.tower import AttentionTower
+from cotam.store.schema import Reject, Row, Sample
+from cotam.stream import Steering, encode_stream
+
+HALF = (0.5, 0.5, 0.5)
+
+
+def _tiny(image_size: int = 64) -> VisionTransformer:
+    torch.manual_seed(0)
+    return VisionTransformer(image_size, 8, width=32, layers=4, heads=2, mlp_ratio=2.0, output_dim=16)
+
+
+@pytest.fixture(scope="module")
+def estimator() -> ImportanceEstimator:
+    return ImportanceEstimator(AttentionTower(_tiny(), 2, HALF, HALF))
+
+
+def _attention_with_hooks(visual: VisionTransformer, layer: int, x: torch.Tensor) -> torch.Tensor:
+    """The class token's attention in the full forward pass, by torch's own attention module."""
+    block = visual.transformer.resblocks[layer - 1]
+    seen: list[torch.Tensor] = []
+    handle = block.ln_1.register_forward_hook(lambda module, args, out: seen.append(out))
+    with torch.inference_mode():
+        visual(x)
+        weights = block.attn(seen[0], seen[0], seen[0], need_weights=True, average_attn_weights=True)[1]
+    handle.remove()
+    return weights[:, 0, 1:]  # type: ignore[no-any-return]
+
+
+def test_attention_and_cost_of_vit_l_14_336() -> None:
+    """Random weights: the attention of the full forward pass, for no more than the share of its layers plus 15 %."""
+    torch.manual_seed(0)
+    config = open_clip.get_model_config("ViT-L-14-336")
+    visual = _build_vision_tower(config["embed_dim"], open_clip.CLIPVisionCfg(**config["vision_cfg"])).eval()
+    layer, num_layers = 6, len(visual.transformer.resblocks)
+    pixels = torch.randint(0, 256, (1, 3, 336, 336), dtype=torch.uint8)
+    x = (pixels.float() / 255 - 0.5) / 0.5
+
+    def timed(run: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
+        start = time.process_time()  # of all threads, whatever else the machine is doing
+        result = run()
+        return time.process_time() - start, result
+
+    full = [timed(lambda: _attention_with_hooks(visual, layer, x)) for _ in range(2)]
+    tower = AttentionTower(visual, layer, HALF, HALF)
+    assert len(tower.visual.transformer.resblocks) == layer
+    early = [timed(lambda: tower(pixels)) for _ in range(3)]
+    np.testing.assert_allclose(early[0][1].flatten(1), full[0][1], rtol=1e-4)
+    assert min(s for s, _ in early) <= 1.15 * layer / num_layers * min(s for s, _ in full)
+
+
+@pytest.mark.parametrize("layer", [1, 4])
+def test_first_and_last_layer_can_be_read(layer: int) -> None:
+    visual = _tiny().eval()
+    pixels = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    expected = _attention_with_hooks(visual, layer, (pixels / 255 - 0.5) / 0.5)
+    actual = AttentionTower(visual, layer, HALF, HALF)(pixels)
+    np.testing.assert_allclose(actual.flatten(1), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (64, 64), (5, 900), (900, 5), (48, 96), (300, 200)])
+def test_any_size_gets_a_map_of_its_aspect(estimator: ImportanceEstimator, size: tuple[int, int]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    (importance,) = estimator([image])
+    assert importance.dtype == np.float32
+    assert importance.min() == 0
+    assert importance.max() == 1 or importance.size == 1
+    if min(size) > 40:
+        assert 0.7 < importance.shape[0] / importance.shape[1] * size[1] / size[0] < 1.4
+
+
+def test_batches_of_mixed_sizes_change_nothing(estimator: ImportanceEstimator, photos: dict[str, RGBImage]) -> None:
+    images = [*photos.values(), *(np.rot90(p) for p in photos.values())]
+    for together, alone in zip(estimator(images), (estimator([i])[0] for i in images), strict=True):
+        np.testing.assert_allclose(together, alone, atol=1e-4)
+
+
+def test_large_images_are_looked_at_in_tiles(estimator: ImportanceEstimator) -> None:
+    """A small bright mark in a large plain image: tiles see it, and the map is finer than the tower's grid."""
+    image = np.full((512, 512, 3), 90, np.uint8)
+    image[140:180, 330:370] = np.random.default_rng(0).integers(0, 256, (40, 40, 3))
+    (importance,) = estimator([image])
+    assert importance.shape == (32, 32)  # four by four tiles of eight by eight patches
+    (small,) = estimator([np.ascontiguousarray(image[::8, ::8])])
+    assert small.shape == (8, 8)
+
+
+def test_other_towers_and_layers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="plain ViT"):
+        AttentionTower(torch.nn.Conv2d(3, 3, 1), 1, HALF, HALF)
+    with pytest.raises(ValueError, match=r"layer 5 is outside \[1, 4\]"):
+        AttentionTower(_tiny(), 5, HALF, HALF)
+    for name in ("ViT-B-32", "nothing:openai", "ViT-B-32:nothing", f"ViT-B-32:{tmp_path}/missing.safetensors"):
+        with pytest.raises(ValueError, match=r"ARCHITECTURE:PRETRAINED|no safetensors file"):
+            AttentionTower.load(name, 1)
+
+
+def test_a_local_checkpoint_is_loaded_and_has_an_identity(tmp_path: Path) -> None:
+    vision = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
+    text = {"context_length": 8, "vocab_size": 100, "width": 32, "heads": 2, "layers": 1}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    (tmp_path / "test-tiny.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "test-tiny.json")
+    torch.manual_seed(1)
+    model = open_clip.create_model("test-tiny")
+    save_file(model.state_dict(), tmp_path / "tiny.safetensors")
+    name = f"test-tiny:{tmp_path / 'tiny.safetensors'}"
+    tower = AttentionTower.load(name, 2)
+    torch.testing.assert_close(tower.visual.conv1.weight, model.visual.conv1.weight)
+    assert tower.fingerprint() == AttentionTower.load(name, 2).fingerprint()
+    assert tower.fingerprint() != AttentionTower.load(name, 1).fingerprint()
+
+
+def test_encoding_is_steered_by_attention(
+    codec: Codec, estimator: ImportanceEstimator, photos: dict[str, RGBImage]
+) -> None:
+    samples = [Sample(key=k, source="s", image=encode_image(p)) for k, p in photos.items()]
+    steering = Steering(from_estimator(estimator), strength=4.0, keep_map=True)
+    rows = list(encode_stream(samples, codec, 4.0, 2, steering))
+    for row, image in zip(rows, photos.values(), strict=True):
+        assert isinstance(row, Row)
+        (importance,) = estimator([image])
+        np.testing.assert_allclose(row.importance, importance, atol=1e-4)
+        assert row.mean_importance == pytest.approx(importance.mean(), abs=1e-4)
+        assert unpack(row.bitstream, codec.max_pixels).map_string
+        assert codec.decode(row.bitstream).shape == image.shape
+
+
+def test_importance_can_be_a_member_of_the_sample(codec: Codec, photos: dict[str, RGBImage]) -> None:
+    image = encode_image(photos["coffee"])
+    good = np.zeros((4, 6))
+    good[1:3, 2:4] = 1
+
+    def npy(array: object, **options: bool) -> bytes:
+        buffer = io.BytesIO()
+        np.save(buffer, array, **options)  # type: ignore[arg-type]
+        return buffer.getvalue()
+
+    members: dict[str, object] = {
+        "npy": npy(good),
+        "list": good.tolist(),
+        "range": npy(2 * good),
+        "nan": npy(good * np.nan),
+        "flat": npy(good.ravel()),
+        "text": b"not an array",
+        "pickle": npy(np.array([{"a": 1}], dtype=object), allow_pickle=True),
+        "missing": None,
+    }
+    samples = [Sample(key=k, source="s", image=image, members={"map": m}) for k, m in members.items()]
+    results = dict(zip(members, encode_stream(samples, codec, 4.0, 2, Steering(from_member("map"), 4.0)), strict=True))
+    bitstreams = {k: r.bitstream for k, r in results.items() if isinstance(r, Row)}
+    expected = codec.encode(photos["coffee"], 4.0, good, 4.0)
+    assert bitstreams == {"npy": expected, "list": expected}
+    for key in set(members) - set(bitstreams):
+        reject = results[key]
+        assert isinstance(reject, Reject)
+        assert reject.stage == "importance"
+        assert reject.image == image
+        assert "map" in reject.error or "member" in reject.error
