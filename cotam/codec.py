@@ -20,7 +20,7 @@ from cotam.entropy.skip import drop_skipped, restore_skipped
 from cotam.image import MAX_PIXELS, RGBImage, check_rgb
 from cotam.memory import keep_freed_memory
 from cotam.models.codec_model import HYPER_STRIDE, Q_STEPS, CodecModel
-from cotam.models.entropy_model import NUM_SKIPPED_SCALES
+from cotam.models.entropy_model import NUM_SKIPPED_SCALES, gaussian_bits, scale_of_index
 from cotam.models.transforms import LATENT_STRIDE
 from cotam.weights import LoadedCodec, parse_codec, read_weights
 
@@ -174,6 +174,23 @@ class Codec:
         indexes = (levels * Q_STEPS).round().clamp(0, self.model.num_q - 1).numpy().astype(np.uint8)
         return int(indexes.flat[0]) if (indexes == indexes.flat[0]).all() else indexes
 
+    def quality_and_bits(self, data: bytes) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Where the bits of a bitstream go.
+
+        Returns:
+            On the latent grid, each float32 (h, w): the quality level, and the bits of ``y`` by the model's estimate.
+
+        Raises:
+            As ``decode``.
+        """
+        stream = self._unpack(data)
+        index = self._read_quality(stream)
+        h, w = _latent_size(stream)
+        bits = torch.zeros(h, w)
+        self._decompress_group([stream], [index], None, bits)
+        quality = 1 + np.broadcast_to(np.asarray(index, dtype=np.float32), (h, w)) / Q_STEPS
+        return quality, bits.numpy()
+
     def mean_quality(self, quality_index: QualityIndex) -> float:
         """The mean quality level of an image."""
         return 1 + float(np.mean(quality_index)) / Q_STEPS
@@ -242,8 +259,13 @@ class Codec:
         ]
 
     def _decompress_group(
-        self, streams: list[Bitstream], quality: list[QualityIndex], executor: Executor | None
+        self,
+        streams: list[Bitstream],
+        quality: list[QualityIndex],
+        executor: Executor | None,
+        bits: Tensor | None = None,
     ) -> list[DecompressedImage]:
+        """One batch of ``decompress``; adds the bits of all its elements of y to ``bits`` (h, w)."""
         h, w = _latent_size(streams[0])
         hz, wz = -(-h // HYPER_STRIDE), -(-w // HYPER_STRIDE)
         config = self.model.config
@@ -255,13 +277,18 @@ class Codec:
             if bool((z_hat.abs() > 127).any()):
                 raise RansError("hyper-latent out of range")
             hyper, first = self.model.decompress_first(z_hat, q, h, w)
-            y_first = self.model.y_fixed(self._decode_half(decoders, first.indexes, executor), first)
+            symbols_first = self._decode_half(decoders, first.indexes, executor)
+            y_first = self.model.y_fixed(symbols_first, first)
             second = self.model.decompress_second(hyper, y_first, q)
-            y_second = self.model.y_fixed(self._decode_half(decoders, second.indexes, executor), second)
+            symbols_second = self._decode_half(decoders, second.indexes, executor)
+            y_second = self.model.y_fixed(symbols_second, second)
             for decoder in decoders:
                 decoder.finish()
         except RansError as error:
             raise BitstreamError(f"bitstream cannot be decoded: {error}") from None
+        if bits is not None:
+            for symbols, params in ((symbols_first, first), (symbols_second, second)):
+                bits += gaussian_bits(symbols, scale_of_index(params.indexes)).sum((0, 1)).cpu()
         return [
             DecompressedImage(s.width, s.height, k, y)
             for s, k, y in zip(streams, quality, torch.stack([y_first, y_second], dim=1), strict=True)

@@ -15,6 +15,9 @@ def inspect(
     dst: Store,
     key: Annotated[str | None, typer.Option(help="Show the image of this key.")] = None,
     out: Annotated[Path | None, typer.Option(help="With --key: write the decoded image to this file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="With --key: draw original, importance, quality, bits and decoded image there.")
+    ] = None,
     limit: Annotated[int, typer.Option(help="How many rows to list.", min=1)] = 10,
     rejects: Annotated[bool, typer.Option("--rejects", help="List the rejects instead.")] = False,
     as_json: Json = False,
@@ -23,8 +26,8 @@ def inspect(
     from cotam.store.records import RunStore
     from cotam.store.shard import read_rejects, read_rows
 
-    if out is not None and key is None:
-        raise typer.BadParameter("--out needs --key")
+    if (out is not None or plot is not None) and key is None:
+        raise typer.BadParameter("--out and --plot need --key")
     store = RunStore(dst)
     listed: list[dict[str, Any]] = []
     for record in store.completions():
@@ -34,7 +37,7 @@ def inspect(
         else:
             for row in read_rows(store.root, record.data):
                 if key is None or row.key == key:
-                    listed.append(_describe(row, record.data, store.manifest(), out))
+                    listed.append(_describe(row, record.data, store.manifest(), out, plot))
                 if len(listed) >= (1 if key is not None else limit):
                     break
         if len(listed) >= (1 if key is not None else limit):
@@ -50,21 +53,27 @@ def inspect(
         say("none")
 
 
-def _describe(row: Any, shard: str, manifest: dict[str, Any], out: Path | None) -> dict[str, Any]:
+def _describe(row: Any, shard: str, manifest: dict[str, Any], out: Path | None, plot: Path | None) -> dict[str, Any]:
     from cotam.bitstream import unpack
     from cotam.codec import Codec
     from cotam.image import encode_image
 
     stream = unpack(row.bitstream, manifest["config"]["max_pixels"])
-    if out is not None:
+    if out is not None or plot is not None:
         codec = Codec.load(manifest["config"]["model"], max_pixels=manifest["config"]["max_pixels"])
+    if out is not None:
         suffix = "JPEG" if out.suffix.lower() in (".jpg", ".jpeg") else "PNG"
         out.write_bytes(encode_image(codec.decode(row.bitstream), suffix))
+    if plot is not None:
+        from cotam.picture import write_picture
+
+        write_picture(row, codec, plot)
     return {
         "key": row.key,
         "size": f"{row.width}x{row.height}",
         "bpp": round(row.bpp, 4),
         "quality": row.quality,
+        "mean_importance": row.mean_importance,
         "bitstream_num_bytes": len(row.bitstream),
         "map_num_bytes": len(stream.map_string),
         "model_id": stream.model_id.hex(),

@@ -63,6 +63,28 @@ def read_partition(partition: Partition) -> Iterator[Sample | Reject]:
     return readers[partition.kind](partition)
 
 
+def find_sample(source: str, key: str) -> Sample:
+    """The sample of a row's ``source`` and ``key``, read again from where it came from.
+
+    Raises:
+        OSError: the source cannot be read any more.
+        ValueError: it has no such sample.
+    """
+    if source.endswith(".parquet"):
+        fs, path = split_uri(source)
+        with fs.open(path, "rb") as file, pq.ParquetFile(file) as parquet:
+            column, end = image_column(parquet.schema_arrow), parquet.num_row_groups
+        partition = Partition(partition_id="", kind="parquet", source=source, row_groups=(0, end), image_column=column)
+    elif ".tar" in source.rpartition("/")[2]:
+        partition = Partition(partition_id="", kind="tar", source=source)
+    else:
+        partition = Partition(partition_id="", kind="files", source=source, paths=(key,))
+    for sample in read_partition(partition):
+        if isinstance(sample, Sample) and sample.key == key:
+            return sample
+    raise ValueError(f"{source} has no image {key!r}")
+
+
 def member_types(partition: Partition) -> dict[str, pa.DataType]:
     """Arrow types that the source declares for its members; empty for tars and files."""
     if partition.kind != "parquet":

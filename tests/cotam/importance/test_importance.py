@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import pytest
+import skimage.data
 import torch
 from open_clip.model import _build_vision_tower
 from open_clip.transformer import VisionTransformer
@@ -18,10 +20,11 @@ from safetensors.torch import save_file
 
 from cotam.bitstream import unpack
 from cotam.codec import Codec
-from cotam.image import RGBImage, encode_image
+from cotam.image import RGBImage, decode_image, encode_image
 from cotam.importance.estimate import ImportanceEstimator, from_estimator
 from cotam.importance.source import from_member
 from cotam.importance.tower import AttentionTower
+from cotam.picture import write_picture
 from cotam.store.schema import Reject, Row, Sample
 from cotam.stream import Steering, encode_stream
 
@@ -180,3 +183,23 @@ def test_importance_can_be_a_member_of_the_sample(codec: Codec, photos: dict[str
         assert reject.stage == "importance"
         assert reject.image == image
         assert "map" in reject.error or "member" in reject.error
+
+
+def test_a_picture_shows_where_bits_went(codec: Codec, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    image = np.ascontiguousarray(skimage.data.coffee()[:256, :384])
+    (tmp_path / "in/cup.png").write_bytes(encode_image(image))
+    importance = np.zeros((16, 24), np.float32)
+    importance[4:12, 8:16] = 1
+    sample = Sample(
+        key="cup.png", source=str(tmp_path / "in"), image=encode_image(image), members={"map": importance.tolist()}
+    )
+    (row,) = encode_stream([sample], codec, 4.0, 1, Steering(from_member("map"), 4.0, keep_map=True))
+    assert isinstance(row, Row)
+    quality, bits = codec.quality_and_bits(row.bitstream)
+    assert quality[6, 10] - quality[0, 0] == 4
+    assert bits[importance > 0].mean() > 2 * bits[importance == 0].mean()
+    assert 0.8 < bits.sum() / (8 * len(row.bitstream)) < 1
+    for name, source in (("whole.png", row), ("bare.png", dataclasses.replace(row, source="/gone", importance=None))):
+        write_picture(source, codec, tmp_path / name)
+        assert decode_image((tmp_path / name).read_bytes()).pixels.shape == (750, 1500, 3)
