@@ -1,0 +1,1 @@
+"""Questions about images, and how answers to them are scored."""

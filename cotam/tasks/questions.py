@@ -1,0 +1,86 @@
+"""Questions about images: from a question file, or from a member of the samples themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from cotam.store.fs import split_uri
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """One question about the image ``key``.
+
+    Attributes:
+        key: of the image.
+        question: the text.
+        answers: all that count as right; one an annotator where there are several.
+        type: what kind of question it is; results are also given by type. May be empty.
+    """
+
+    key: str
+    question: str
+    answers: tuple[str, ...]
+    type: str = ""
+
+
+def read_questions(uri: str) -> dict[str, list[Question]]:
+    """The questions of a JSONL or Parquet file by image key, in the order of the file.
+
+    Columns: key, question, answers (a list, or one string), and type if there is one.
+
+    Raises:
+        ValueError: another kind of file, or a row at fault, named by its number from 1.
+        OSError: the file cannot be read.
+    """
+    if not uri.endswith((".jsonl", ".ndjson", ".parquet")):
+        raise ValueError(f"{uri}: questions come as .jsonl or .parquet")
+    fs, path = split_uri(uri)
+    by_key: dict[str, list[Question]] = {}
+    with fs.open(path, "rb") as file:
+        if path.endswith(".parquet"):
+            rows: Iterable[Any] = pq.read_table(file).to_pylist()
+        else:
+            rows = (line for line in file if line.strip())
+        for number, row in enumerate(rows, 1):
+            try:
+                question = _question(json.loads(row) if isinstance(row, bytes) else row)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{uri}, row {number}: {_reason(error)}") from None
+            by_key.setdefault(question.key, []).append(question)
+    return by_key
+
+
+def questions_of_member(key: str, value: Any) -> list[Question]:
+    """The questions that a sample brings along: a list of mappings, or JSON text of one, as rows of a question file.
+
+    Raises:
+        ValueError: no such list.
+    """
+    try:
+        rows = json.loads(value) if isinstance(value, str | bytes) else value
+        if isinstance(rows, Mapping):
+            rows = rows["questions"]
+        return [_question({"key": key, **row}) for row in rows]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"questions of image {key!r}: {_reason(error)}") from None
+
+
+def _question(row: Mapping[str, Any]) -> Question:
+    answers = row["answers"]
+    answers = (answers,) if isinstance(answers, str) else tuple(answers)
+    if not answers or not all(isinstance(a, str) for a in answers):
+        raise ValueError("answers must be strings, one at least")
+    for name in ("key", "question"):
+        if not isinstance(row[name], str):
+            raise ValueError(f"{name} must be a string")
+    return Question(key=row["key"], question=row["question"], answers=answers, type=str(row.get("type") or ""))
+
+
+def _reason(error: Exception) -> str:
+    return f"no {error.args[0]!r}" if isinstance(error, KeyError) else str(error).splitlines()[0]

@@ -1,0 +1,96 @@
+"""Scores of answers, as the benchmarks define them: exact match, VQA accuracy, ANLS, and yes/no classification."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from rapidfuzz.distance import Levenshtein
+
+Score = Callable[[str, Sequence[str]], float]
+
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_WORDS = {**{word: str(k) for k, word in enumerate(_NUMBERS)}, "none": "0", "a": "", "an": "", "the": ""}
+_ANLS_THRESHOLD = 0.5
+_NEGATIONS = {"no", "not"}
+
+
+class YesNo(NamedTuple):
+    """Classification with "yes" as the positive class, each in [0, 1]; 0 where a ratio has no cases."""
+
+    accuracy: float
+    precision: float
+    recall: float
+    f1: float
+    yes_rate: float
+
+
+def normalise(answer: str) -> str:
+    """An answer as VQA v2 compares it: lower case, no punctuation or articles, number words as digits.
+
+    Apostrophes are dropped on both sides, where the original spells contractions out from a list.
+    """
+    text = re.sub(r"\s+", " ", answer.lower().replace("\n", " ")).strip().replace("'", "")
+    text = re.sub(r"(?<=\d),(?=\d)", "", text)  # thousands
+    text = re.sub(r"(?<!\d)\.|\.(?!\d)", "", text)  # full stops, not decimal points
+    text = re.sub(r"[;/\[\]\"{}()=+\\_\-><@`,?!:]", " ", text)
+    words = (_WORDS.get(word, word) for word in text.split())
+    return " ".join(word for word in words if word)
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """1 if the prediction is one of the answers after ``normalise``, else 0."""
+    return float(normalise(prediction) in {normalise(a) for a in answers})
+
+
+def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """VQA accuracy (Antol et al. 2015; Goyal et al. 2017): right if three annotators said so.
+
+    The mean over annotators left out of min(matches among the others / 3, 1). With fewer than four annotators no
+    answer could reach 1, so one match counts as right.
+    """
+    predicted = normalise(prediction)
+    matches = [normalise(a) == predicted for a in answers]
+    if len(answers) < 4:
+        return float(any(matches))
+    total = sum(matches)
+    return sum(min((total - match) / 3, 1.0) for match in matches) / len(matches)
+
+
+def anls(prediction: str, answers: Sequence[str]) -> float:
+    """Normalised Levenshtein similarity to the nearest answer, 0 below 1/2 (Biten et al. 2019, equation 1).
+
+    Averaged over questions it is ANLS. Case and outer white space do not count.
+    """
+    predicted = " ".join(prediction.lower().split())
+    distance = min(Levenshtein.normalized_distance(predicted, " ".join(a.lower().split())) for a in answers)
+    return 1 - distance if distance < _ANLS_THRESHOLD else 0.0
+
+
+def is_yes(prediction: str) -> bool:
+    """Whether a free answer says yes, as POPE reads it (Li et al. 2023): its first sentence has no "no" or "not"."""
+    first = prediction.split(".")[0].replace(",", "").lower()
+    return not _NEGATIONS & set(first.split())
+
+
+def yes_no(predictions: Iterable[str], answers: Iterable[str]) -> YesNo:
+    """Precision, recall and F1 of yes/no questions. ``answers`` are "yes" or "no"."""
+    pairs = [(is_yes(p), is_yes(a)) for p, a in zip(predictions, answers, strict=True)]
+    true_yes = sum(p and a for p, a in pairs)
+    said_yes, are_yes = sum(p for p, _ in pairs), sum(a for _, a in pairs)
+    precision, recall = _ratio(true_yes, said_yes), _ratio(true_yes, are_yes)
+    return YesNo(
+        accuracy=_ratio(sum(p == a for p, a in pairs), len(pairs)),
+        precision=precision,
+        recall=recall,
+        f1=_ratio(2 * precision * recall, precision + recall),
+        yes_rate=_ratio(said_yes, len(pairs)),
+    )
+
+
+SCORES: dict[str, Score] = {"exact_match": exact_match, "vqa_accuracy": vqa_accuracy, "anls": anls}
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
