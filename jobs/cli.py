@@ -13,6 +13,7 @@ from jobs.decode import decode
 from jobs.demo import demo
 from jobs.encode import encode
 from jobs.inspect import inspect
+from jobs.sceneqa import sceneqa
 from jobs.status import status
 from jobs.train import train_app
 from jobs.verify import verify
@@ -27,7 +28,7 @@ app = typer.Typer(
 )
 _USAGE_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, FileExistsError)
 
-for command in (encode, decode, status, verify, inspect, demo):
+for command in (encode, decode, status, verify, inspect, sceneqa, demo):
     app.command()(command)
 app.add_typer(train_app, name="train")
 

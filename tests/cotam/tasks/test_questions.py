@@ -59,5 +59,5 @@ def test_a_bad_row_is_named(tmp_path: Path, row: object, message: str) -> None:
     (tmp_path / "q.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=message):
         read_questions(str(tmp_path / "q.jsonl"))
-    with pytest.raises(ValueError, match="come as .jsonl or .parquet"):
+    with pytest.raises(ValueError, match=r"come as \.jsonl or \.parquet"):
         read_questions(str(tmp_path / "q.csv"))

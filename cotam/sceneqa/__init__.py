@@ -1,0 +1,1 @@
+"""SceneQA: rendered scenes with questions at three levels, the built-in task."""
