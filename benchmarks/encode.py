@@ -148,6 +148,7 @@ def _compare(args: argparse.Namespace, num_images: int) -> dict[str, Any]:
     for name in CONTESTANTS:
         connections[name], theirs = context.Pipe()
         context.Process(target=_work, args=(theirs, name, args), daemon=True).start()
+        theirs.close()  # so that a process that dies is noticed
     for repeat in range(args.repeats + 1):
         for index in range(num_images):
             for name, connection in connections.items():
@@ -155,7 +156,7 @@ def _compare(args: argparse.Namespace, num_images: int) -> dict[str, Any]:
                     continue
                 connection.send(index)
                 timing = connection.recv()
-                if repeat > 0 or (name in SLOW and index == 1):  # the first ones only warm up
+                if repeat > 0 or (name in SLOW and index == min(1, num_images - 1)):  # the first ones only warm up
                     timings[name].append(timing)
     for connection in connections.values():
         connection.send(None)

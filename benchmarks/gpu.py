@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -137,6 +138,7 @@ def _references(image: RGBImage, device: str) -> dict[str, dict[str, float]]:
         model = model.eval().to(device)
         model.update()
         coded = model.compress(x)
+        model.decompress(**coded)
         results[name] = {
             "encode_images_per_s": 1 / _timed(partial(model.compress, x)),
             "decode_images_per_s": 1 / _timed(partial(model.decompress, **coded)),
@@ -145,9 +147,13 @@ def _references(image: RGBImage, device: str) -> dict[str, dict[str, float]]:
 
 
 def _timed(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    """The median of three runs, in seconds."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return median(seconds)
 
 
 def _device_name(device: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ class Stages:
 
     def __init__(self, clock: Clock = time.perf_counter) -> None:
         self.clock, self.seconds = clock, dict[str, float]()
+        self._lock = threading.Lock()
 
     def wrap(self, stage: str, owner: object, name: str) -> None:
         """Count the time in ``owner.name`` towards ``stage`` from now on."""
@@ -28,7 +30,9 @@ class Stages:
             try:
                 return function(*args, **kwargs)
             finally:
-                self.seconds[stage] = self.seconds.get(stage, 0.0) + self.clock() - start
+                spent = self.clock() - start
+                with self._lock:
+                    self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
 
         setattr(owner, name, timed)
 

@@ -17,7 +17,7 @@ _KEPT_BYTES = 2**29
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Let this process keep up to 512 MiB of freed memory for its next tensors; does nothing without glibc."""
+    """Let this process keep freed memory, some 512 MiB a heap, for its next tensors; does nothing without glibc."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         assert libc.gnu_get_libc_version  # AttributeError elsewhere, where the numbers may mean something else

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,6 @@ def write_picture(row: Row, codec: Codec, path: Path) -> None:
     decoded = codec.decode(row.bitstream)
     quality, bits = codec.quality_and_bits(row.bitstream)
     original = _original(row)
-    importance = None if row.importance is None else np.array(row.importance, dtype=np.float32)
 
     figure = Figure(figsize=(15, 7.5), layout="constrained")
     axes = figure.subplots(2, 3).flat
@@ -38,7 +38,7 @@ def write_picture(row: Row, codec: Codec, path: Path) -> None:
         title += f", {psnr_rgb(original, decoded):.2f} dB"
     _show(axes[1], decoded, title)
     _show(axes[2], _difference(original, decoded), "difference, 4 times", "no original")
-    _show(axes[3], importance, "importance", "not stored (--keep-importance) or none", scale=(0, 1))
+    _show(axes[3], row.importance, "importance", "not stored (--keep-importance) or none", scale=(0, 1))
     _show(axes[4], quality, "quality level", scale=(1, codec.model.config.num_levels))
     _show(axes[5], bits, "bits of each 16x16 position, without z", scale=(0, max(1.0, float(bits.max()))))
     figure.suptitle(row.key)
@@ -47,7 +47,9 @@ def write_picture(row: Row, codec: Codec, path: Path) -> None:
 
 def _original(row: Row) -> RGBImage | None:
     try:
-        return decode_image(find_sample(row.source, row.key).image).pixels
+        image = find_sample(row.source, row.key).image
+        same = hashlib.sha256(image).hexdigest() == row.source_sha256
+        return decode_image(image).pixels if same else None
     except (OSError, ValueError, ImageError):
         return None
 

@@ -86,7 +86,7 @@ def encode_stream(
         if steering is not None:
             batches = prefetch(_estimate(batches, steering.source), 1)
         strength, keep_map = (steering.strength, steering.keep_map) if steering is not None else (0.0, False)
-        compressed = prefetch(_compress(batches, codec, quality, strength), _BATCH_IMAGES)
+        compressed = prefetch(_compress(batches, codec, quality, strength), num_threads)
         yield from ordered_map(coders, lambda c: _pack(c, codec, keep_map), compressed, 2 * num_threads)
 
 
@@ -225,7 +225,7 @@ def _pack(item: _Compressed | Reject, codec: Codec, keep_map: bool) -> Row | Rej
         source_format=item.format,
         source_sha256=hashlib.sha256(sample.image).hexdigest(),
         mean_importance=None if importance is None else float(importance.mean()),
-        importance=importance.tolist() if keep_map and importance is not None else None,
+        importance=importance if keep_map else None,
         members=sample.members,
     )
 

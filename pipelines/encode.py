@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from pathlib import Path
 
@@ -53,6 +54,8 @@ class EncodeConfig:
     def __post_init__(self) -> None:
         if self.importance not in ("none", "clip") and not self.importance.startswith("member:"):
             raise ValueError(f"importance must be clip, none or member:NAME, not {self.importance!r}")
+        if not math.isfinite(self.strength):
+            raise ValueError(f"strength must be a finite number, not {self.strength}")
 
 
 class EncodeTask:

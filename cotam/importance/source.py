@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -30,10 +31,24 @@ def _read_member(sample: Sample, name: str) -> ImportanceMap | ValueError:
     if value is None:
         return ValueError(f"no importance: the sample has no member {name!r}")
     try:
-        array = np.load(io.BytesIO(value), allow_pickle=False) if isinstance(value, bytes) else np.asarray(value)
-        importance = array.astype(np.float32)
-    except (ValueError, TypeError, EOFError, OSError) as error:
-        return ValueError(f"importance member {name!r} is no array of numbers: {str(error).splitlines()[0]}")
+        importance = (_read_npy(value) if isinstance(value, bytes) else np.asarray(value)).astype(np.float32)
+    except (ValueError, TypeError, EOFError, OverflowError, MemoryError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return ValueError(f"importance member {name!r} is no array of numbers: {reason}")
     if importance.ndim != 2 or importance.size == 0 or not ((importance >= 0) & (importance <= 1)).all():
         return ValueError(f"importance member {name!r} must be a 2-D map of values in [0, 1]")
     return importance
+
+
+def _read_npy(data: bytes) -> NDArray[np.generic]:
+    """An array from the bytes of a .npy file, whose header is not believed. Raises ValueError."""
+    if not data.startswith(np.lib.format.MAGIC_PREFIX):
+        raise ValueError("not a .npy file")
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(file)
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize > len(data):
+        raise ValueError("its header and its size do not fit")
+    array: NDArray[np.generic] = np.load(io.BytesIO(data), allow_pickle=False)
+    return array

@@ -65,7 +65,8 @@ class AttentionTower(nn.Module):
         if pretrained not in tags and not (pretrained.endswith(".safetensors") and Path(pretrained).is_file()):
             raise ValueError(f"{pretrained!r} is no safetensors file and no tag of {architecture} ({', '.join(tags)})")
         try:
-            model = open_clip.create_model(architecture, pretrained=pretrained)
+            quick = needs_quick_gelu(architecture, pretrained)
+            model = open_clip.create_model(architecture, pretrained=pretrained, force_quick_gelu=quick)
         except Exception as error:  # open_clip, the hub client and the network raise whatever they like
             raise ValueError(f"cannot load CLIP {name}: {str(error).splitlines()[0]}") from error
         config = open_clip.get_model_preprocess_cfg(model)
@@ -73,8 +74,9 @@ class AttentionTower(nn.Module):
 
     def fingerprint(self) -> str:
         """The sha256 of everything that attention depends on, hexadecimal."""
-        digest = hashlib.sha256(f"{self.layer}".encode())
         blocks = self.visual.transformer.resblocks
+        activation = type(blocks[0].mlp.gelu).__name__
+        digest = hashlib.sha256(f"{self.layer} {blocks[0].attn.num_heads} {activation}".encode())
         for part in (self.visual.conv1, self.visual.ln_pre, *blocks):
             for name, tensor in sorted(part.state_dict().items()):
                 digest.update(name.encode())
@@ -100,7 +102,7 @@ class AttentionTower(nn.Module):
         rows, columns = patches.shape[2:]
         tokens = patches.flatten(2).transpose(1, 2)
         class_token = visual.class_embedding.to(dtype).expand(len(x), 1, -1)
-        x = visual.ln_pre(torch.cat([class_token, tokens], dim=1) + self._positions(rows, columns, dtype))
+        x = visual.ln_pre(torch.cat([class_token, tokens], dim=1) + self._positions(rows, columns, dtype, x.device))
         *below, read = visual.transformer.resblocks
         for block in below:
             x = block(x)
@@ -114,12 +116,21 @@ class AttentionTower(nn.Module):
         attention: Tensor = scores.softmax(dim=-1).mean(dim=1)[:, 0, 1:]
         return attention.unflatten(1, (rows, columns))
 
-    @functools.lru_cache(maxsize=256)  # noqa: B019 - a tower lives as long as its process
-    def _positions(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """Positional embeddings (1 + rows * columns, width), interpolated where the grid is not the tower's own."""
+    @functools.lru_cache(maxsize=32)  # noqa: B019 - a tower lives as long as its process
+    def _positions(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Positional embeddings (1 + rows * columns, width), interpolated where the grid is not the tower's own.
+
+        ``device`` is the tower's: what was cached on another one does not fit any more.
+        """
         embedding = self.visual.positional_embedding
         if (rows, columns) == self.grid:
             return embedding.to(dtype)
         grid = embedding[1:].float().unflatten(0, self.grid).permute(2, 0, 1)[None]
         resized = F.interpolate(grid, size=(rows, columns), mode="bicubic", antialias=True, align_corners=False)
         return torch.cat([embedding[:1].float(), resized[0].flatten(1).T]).to(dtype)
+
+
+def needs_quick_gelu(architecture: str, pretrained: str) -> bool:
+    """Whether a pretrained tag was trained with GELU's sigmoid approximation, which open_clip leaves to the caller."""
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    return pretrained in tags and bool(open_clip.get_pretrained_cfg(architecture, pretrained).get("quick_gelu"))

@@ -15,43 +15,46 @@ from torch import Tensor
 
 
 class Checkerboard(NamedTuple):
-    """The positions of an (h, w) grid by colour.
+    """The positions of an (h, w) grid sorted by colour.
 
-    odd: bool (h, w), where i + j is odd. order: int64 (h w,), flat positions, even ones first; inverse: its inverse.
-    num_even: how many of them are even.
+    order: int64 (h w,), flat positions, even ones first; inverse: its inverse. num_even: how many of them are even.
     """
 
-    odd: Tensor
     order: Tensor
     inverse: Tensor
     num_even: int
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)  # what is kept has to serve training, too
 def checkerboard(height: int, width: int, device: torch.device) -> Checkerboard:
     """The checkerboard of a grid."""
-    odd = (torch.arange(height)[:, None] + torch.arange(width)) % 2 == 1
-    order = torch.argsort(odd.flatten(), stable=True)
-    inverse = torch.argsort(order)
-    num_even = (height * width + 1) // 2
-    return Checkerboard(odd.to(device), order.to(device), inverse.to(device), num_even)
+    order = torch.argsort(odd_positions(height, width, torch.device("cpu")).flatten(), stable=True)
+    return Checkerboard(order.to(device), torch.argsort(order).to(device), (height * width + 1) // 2)
+
+
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def odd_positions(height: int, width: int, device: torch.device) -> Tensor:
+    """Bool (h, w): where i + j is odd."""
+    return (torch.arange(height, device=device)[:, None] + torch.arange(width, device=device)) % 2 == 1
 
 
 def split_halves(y: Tensor) -> tuple[Tensor, Tensor]:
     """``y`` (B, M, h, w), M even, to its first and second half, each (B, M/2, h, w)."""
-    odd = checkerboard(y.shape[2], y.shape[3], y.device).odd
+    odd = odd_positions(y.shape[2], y.shape[3], y.device)
     even_channels, odd_channels = y[:, 0::2], y[:, 1::2]
     return torch.where(odd, odd_channels, even_channels), torch.where(odd, even_channels, odd_channels)
 
 
 def merge_halves(first: Tensor, second: Tensor) -> Tensor:
     """The inverse of ``split_halves``."""
-    odd = checkerboard(first.shape[2], first.shape[3], first.device).odd
+    odd = odd_positions(first.shape[2], first.shape[3], first.device)
     pairs = torch.where(odd, second, first), torch.where(odd, first, second)
     return torch.stack(pairs, dim=2).flatten(1, 2)
 
 
 def spread_first(first: Tensor) -> Tensor:
     """``merge_halves`` of ``first`` and zeros."""
-    odd = checkerboard(first.shape[2], first.shape[3], first.device).odd
+    odd = odd_positions(first.shape[2], first.shape[3], first.device)
     return torch.stack([first.masked_fill(odd, 0), first.masked_fill(~odd, 0)], dim=2).flatten(1, 2)

@@ -40,9 +40,11 @@ def write_dataset(
         progress: called with the number of scenes done.
 
     Raises:
-        ValueError: no such split, or no image in ``photographs``.
+        ValueError: no such split, no image in ``photographs``, or ``out`` has scenes of that split already.
     """
     sample_scene(split, 0)
+    if list(out.glob(f"{split}-*.tar")):
+        raise ValueError(f"{out} has {split} scenes already; choose another folder")
     backgrounds = _image_files(photographs) if photographs is not None else []
     out.mkdir(parents=True, exist_ok=True)
     pattern = str(out / f"{split}-%06d.tar")

@@ -66,6 +66,8 @@ def read_partition(partition: Partition) -> Iterator[Sample | Reject]:
 def find_sample(source: str, key: str) -> Sample:
     """The sample of a row's ``source`` and ``key``, read again from where it came from.
 
+    Of a Parquet file the image column is guessed as ``image_column`` does: compare the row's source_sha256.
+
     Raises:
         OSError: the source cannot be read any more.
         ValueError: it has no such sample.
@@ -75,7 +77,7 @@ def find_sample(source: str, key: str) -> Sample:
         with fs.open(path, "rb") as file, pq.ParquetFile(file) as parquet:
             column, end = image_column(parquet.schema_arrow), parquet.num_row_groups
         partition = Partition(partition_id="", kind="parquet", source=source, row_groups=(0, end), image_column=column)
-    elif ".tar" in source.rpartition("/")[2]:
+    elif source.endswith((".tar", ".tar.gz", ".tar.bz2", ".tar.xz", ".tgz")):
         partition = Partition(partition_id="", kind="tar", source=source)
     else:
         partition = Partition(partition_id="", kind="files", source=source, paths=(key,))

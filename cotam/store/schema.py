@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 SCHEMA_VERSION = 1
 
@@ -24,6 +26,7 @@ SHARD_FIELDS = (
     pa.field("source_sha256", pa.string()),
 )
 SHARD_COLUMNS = tuple(f.name for f in SHARD_FIELDS)
+OPTIONAL_COLUMNS = ("mean_importance", "importance")  # missing in the first shards
 
 REJECT_SCHEMA = pa.schema(
     [
@@ -57,7 +60,7 @@ class Sample:
 class Row:
     """One encoded image: the columns of SHARD_FIELDS, and the sample's ``members``.
 
-    ``mean_importance`` is None under a uniform quality, ``importance`` (rows, columns) unless it was asked for.
+    ``mean_importance`` is None under a uniform quality, ``importance``, float32 (rows, columns), unless asked for.
     """
 
     key: str
@@ -70,7 +73,7 @@ class Row:
     source_format: str
     source_sha256: str
     mean_importance: float | None = None
-    importance: list[list[float]] | None = None
+    importance: NDArray[np.float32] | None = None
     members: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property

@@ -7,11 +7,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cotam.store.fs import Root
-from cotam.store.schema import REJECT_SCHEMA, SHARD_COLUMNS, SHARD_FIELDS, Reject, Row, column_name
+from cotam.store.schema import (
+    OPTIONAL_COLUMNS,
+    REJECT_SCHEMA,
+    SHARD_COLUMNS,
+    SHARD_FIELDS,
+    Reject,
+    Row,
+    column_name,
+)
 
 ROW_GROUP_BYTES = 64 * 2**20
 _ROW_GROUP_ROWS = 10_000
@@ -53,6 +62,8 @@ class ShardWriter:
         self._buffered_bytes += len(row.bitstream) + sum(
             len(v) for v in row.members.values() if isinstance(v, bytes | str)
         )
+        if row.importance is not None:
+            self._buffered_bytes += row.importance.nbytes
         if self._buffered_bytes >= ROW_GROUP_BYTES or len(self._rows) >= _ROW_GROUP_ROWS:
             self._flush()
 
@@ -61,6 +72,7 @@ class ShardWriter:
             return
         self._grow_schema()
         columns: dict[str, list[Any]] = {name: [getattr(r, name) for r in self._rows] for name in SHARD_COLUMNS}
+        columns["importance"] = [None if r.importance is None else list(r.importance) for r in self._rows]
         members = [{column_name(n): v for n, v in r.members.items()} for r in self._rows]
         for field in list(self._schema)[len(SHARD_FIELDS) :]:
             columns[field.name] = [m.get(field.name) for m in members]
@@ -112,13 +124,16 @@ def read_rows(root: Root, path: str) -> Iterator[Row]:
         ValueError: not a shard of this schema.
     """
     with root.fs.open(root.join(path), "rb") as file, pq.ParquetFile(file) as parquet:
-        missing = [name for name in SHARD_COLUMNS if name not in parquet.schema_arrow.names]
+        names = parquet.schema_arrow.names
+        missing = [name for name in SHARD_COLUMNS if name not in names and name not in OPTIONAL_COLUMNS]
         if missing:
             raise ValueError(f"{path} is not a CoTAM shard: no column {missing[0]!r}")
         for batch in parquet.iter_batches(batch_size=_READ_BATCH_ROWS):
             for values in batch.to_pylist():
-                fixed = {name: values.pop(name) for name in SHARD_COLUMNS if name != "bpp"}
-                values.pop("bpp")
+                fixed = {name: values.pop(name, None) for name in SHARD_COLUMNS}
+                del fixed["bpp"]
+                if fixed["importance"] is not None:
+                    fixed["importance"] = np.array(fixed["importance"], dtype=np.float32)
                 yield Row(**fixed, members={n: v for n, v in values.items() if v is not None})
 
 

@@ -44,7 +44,9 @@ def read_questions(uri: str) -> dict[str, list[Question]]:
     by_key: dict[str, list[Question]] = {}
     with fs.open(path, "rb") as file:
         if path.endswith(".parquet"):
-            rows: Iterable[Any] = pq.read_table(file).to_pylist()
+            parquet = pq.ParquetFile(file)
+            columns = [c for c in ("key", "question", "answers", "type") if c in parquet.schema_arrow.names]
+            rows: Iterable[Any] = parquet.read(columns).to_pylist()
         else:
             rows = (line for line in file if line.strip())
         for number, row in enumerate(rows, 1):
@@ -66,13 +68,15 @@ def questions_of_member(key: str, value: Any) -> list[Question]:
         rows = json.loads(value) if isinstance(value, str | bytes) else value
         if isinstance(rows, Mapping):
             rows = rows["questions"]
-        return [_question({"key": key, **row}) for row in rows]
+        return [_question({**row, "key": key}) for row in rows]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"questions of image {key!r}: {_reason(error)}") from None
 
 
 def _question(row: Mapping[str, Any]) -> Question:
     answers = row["answers"]
+    if isinstance(answers, Mapping):
+        raise ValueError("answers must be a list of strings, or one string")
     answers = (answers,) if isinstance(answers, str) else tuple(answers)
     if not answers or not all(isinstance(a, str) for a in answers):
         raise ValueError("answers must be strings, one at least")

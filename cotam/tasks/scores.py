@@ -27,16 +27,17 @@ class YesNo(NamedTuple):
 
 
 def normalise(answer: str) -> str:
-    """An answer as VQA v2 compares it: lower case, no punctuation or articles, number words as digits.
+    """An answer nearly as VQA v2 compares it: lower case, no punctuation or articles, number words as digits.
 
-    Apostrophes are dropped on both sides, where the original spells contractions out from a list.
+    Apostrophes are dropped on both sides, where the original spells contractions out from a list, and all punctuation
+    but decimal points, where the original keeps some of it by what is around.
     """
     text = re.sub(r"\s+", " ", answer.lower().replace("\n", " ")).strip().replace("'", "")
     text = re.sub(r"(?<=\d),(?=\d)", "", text)  # thousands
-    text = re.sub(r"(?<!\d)\.|\.(?!\d)", "", text)  # full stops, not decimal points
+    text = re.sub(r"\.(?!\d)", "", text)  # full stops, not decimal points
     text = re.sub(r"[;/\[\]\"{}()=+\\_\-><@`,?!:]", " ", text)
-    words = (_WORDS.get(word, word) for word in text.split())
-    return " ".join(word for word in words if word)
+    words = [_WORDS.get(word, word) for word in text.split()]
+    return " ".join(word for word in words if word) or text.strip()  # an article alone is an answer: choice A
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:

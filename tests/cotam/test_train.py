@@ -13,7 +13,7 @@ import torch
 from cotam.codec import Codec
 from cotam.config import CodecConfig, load_yaml
 from cotam.image import RGBImage
-from cotam.models.codec_model import Q_STEPS
+from cotam.models.codec_model import Q_STEPS, CodecModel
 from cotam.train import codec as trainer_module
 from cotam.train.codec import CodecTrainer
 from cotam.train.config import CodecTrainConfig, DataConfig
@@ -97,3 +97,12 @@ def test_config_file_errors_name_the_key(tmp_path: Path) -> None:
         load_yaml(CodecTrainConfig, file)
     packaged = Path(trainer_module.__file__).parent.parent / "configs/codec-base.yaml"
     assert load_yaml(CodecTrainConfig, packaged).model == CodecConfig()
+
+
+def test_training_goes_on_beside_a_codec_in_use(codec: Codec, photos: dict[str, RGBImage]) -> None:
+    """What encoding caches must not be tensors that only inference can use."""
+    codec.encode(photos["astronaut"][:64, :64])
+    model = CodecModel(SMALL).train()
+    out = model(torch.rand(1, 3, 64, 64), torch.zeros(1, 1, 4, 4))
+    (out.bits.mean() + out.x_hat.mean()).backward()
+    assert model.h_a.embed.weight.grad is not None

@@ -129,5 +129,7 @@ def test_dataset_reads_back(tmp_path: Path, photos: dict[str, RGBImage]) -> None
     first = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     write_dataset(tmp_path / "again", "test", 5, 128, tmp_path / "photos")
     assert {p.name: p.read_bytes() for p in (tmp_path / "again").iterdir()} == first
+    with pytest.raises(ValueError, match="has test scenes already"):
+        write_dataset(tmp_path / "again", "test", 3)
     with pytest.raises(ValueError, match="no images in"):
         write_dataset(tmp_path / "none", "test", 1, 128, tmp_path / "out")

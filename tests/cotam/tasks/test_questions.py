@@ -36,7 +36,7 @@ def test_files_of_both_formats(tmp_path: Path) -> None:
 
 
 def test_members() -> None:
-    rows = [{k: v for k, v in r.items() if k != "key"} for r in ROWS if r["key"] == "a"]
+    rows = [{**r, "key": 7} for r in ROWS if r["key"] == "a"]  # the sample's own key counts
     for value in (rows, json.dumps(rows), json.dumps(rows).encode(), {"questions": rows}):
         assert questions_of_member("a", value) == EXPECTED["a"]
     with pytest.raises(ValueError, match="questions of image 'a': no 'answers'"):
@@ -52,6 +52,7 @@ def test_members() -> None:
         ({"key": "a", "question": "?", "answers": []}, "row 2: answers must be strings, one at least"),
         ({"key": "a", "question": "?", "answers": [1]}, "row 2: answers must be strings"),
         ({"key": 1, "question": "?", "answers": ["x"]}, "row 2: key must be a string"),
+        ({"key": "a", "question": "?", "answers": {"x": 1}}, "row 2: answers must be a list"),
         ([1], "row 2: "),
     ],
 )

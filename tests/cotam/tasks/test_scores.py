@@ -18,6 +18,9 @@ from cotam.tasks.scores import anls, exact_match, is_yes, normalise, vqa_accurac
         ("ice-cream/cone", "ice cream cone"),
         ("none", "0"),
         ("U.S.A.", "usa"),
+        (".5", ".5"),
+        ("A", "a"),
+        ("...", ""),
     ],
 )
 def test_answers_are_normalised_as_in_vqa(answer: str, normal: str) -> None:
@@ -27,6 +30,7 @@ def test_answers_are_normalised_as_in_vqa(answer: str, normal: str) -> None:
 def test_exact_match_takes_any_answer() -> None:
     assert exact_match("The Stop sign", ["stop sign", "sign"]) == 1
     assert exact_match("stop", ["stop sign"]) == 0
+    assert exact_match("", ["A"]) == exact_match("5", [".5"]) == 0
 
 
 @pytest.mark.parametrize(("num_agreeing", "accuracy"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
