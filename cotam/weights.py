@@ -28,7 +28,7 @@ from cotam.models.integer import BIAS_UNIT, IntConv2d
 FORMAT = "cotam-codec/1"
 # Packaged weights by name: the sha256 of cotam/packaged/{name}.safetensors.
 PACKAGED: dict[str, str] = {
-    "cotam-base": "6e4759d92d7ac04cc6e07b7c2baca8f47833163967025c54f70456c87183b0bf",
+    "cotam-base": "4f2d070254663bb9743f9633bbc03500552fce01e509ad194c1baddd63e41b23",
 }
 _MAX_FILE_BYTES = 2**30
 _Arrays = dict[str, NDArray[Any]]
