@@ -48,13 +48,17 @@ def split_halves(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def merge_halves(first: Tensor, second: Tensor) -> Tensor:
-    """The inverse of ``split_halves``."""
+    """The inverse of ``split_halves``, channels last."""
     odd = odd_positions(first.shape[2], first.shape[3], first.device)
-    pairs = torch.where(odd, second, first), torch.where(odd, first, second)
-    return torch.stack(pairs, dim=2).flatten(1, 2)
+    return _interleave(torch.where(odd, second, first), torch.where(odd, first, second))
 
 
 def spread_first(first: Tensor) -> Tensor:
     """``merge_halves`` of ``first`` and zeros."""
     odd = odd_positions(first.shape[2], first.shape[3], first.device)
-    return torch.stack([first.masked_fill(odd, 0), first.masked_fill(~odd, 0)], dim=2).flatten(1, 2)
+    return _interleave(first.masked_fill(odd, 0), first.masked_fill(~odd, 0))
+
+
+def _interleave(even_channels: Tensor, odd_channels: Tensor) -> Tensor:
+    pairs = torch.stack([t.permute(0, 2, 3, 1) for t in (even_channels, odd_channels)], dim=-1)
+    return pairs.flatten(3).permute(0, 3, 1, 2)
