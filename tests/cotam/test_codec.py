@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import random
+import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -257,3 +259,31 @@ def test_golden_bitstreams_decode_to_what_they_always_did(codec: Codec) -> None:
 def _psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
     mse = np.mean((a.astype(np.float64) - b) ** 2)
     return float(10 * np.log10(255**2 / max(mse, 1e-6)))
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_bad_strings_are_refused_in_bounded_time(codec: Codec) -> None:
+    """Truncated, altered, random, and altered with a valid checksum: a few of the last kind decode, none does harm."""
+    rng = random.Random(1)
+    image = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+    good = [codec.encode(image, 1), codec.encode(image, 4, np.linspace(0, 1, 12).reshape(3, 4))]
+    num_refused = 0
+    for _ in range(100_000):
+        string, kind = bytearray(rng.choice(good)), rng.randrange(10)
+        if kind < 3:
+            string = string[: rng.randrange(len(string))]
+        elif kind < 6:
+            string[rng.randrange(len(string))] ^= 1 << rng.randrange(8)
+        elif kind < 9:
+            string = bytearray(rng.randbytes(rng.randrange(200)))
+        else:
+            for _ in range(rng.randint(1, 3)):
+                string[rng.randrange(5, len(string) - 4)] = rng.randrange(256)
+            string[-4:] = zlib.crc32(string[:-4]).to_bytes(4, "little")
+        start = time.process_time()
+        try:
+            codec.decode(bytes(string))
+        except BitstreamError:
+            num_refused += 1
+        assert time.process_time() - start < 1
+    assert num_refused > 90_000
