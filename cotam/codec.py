@@ -349,9 +349,9 @@ def _latent_size(stream: Bitstream) -> tuple[int, int]:
 def _pad(image: RGBImage) -> RGBImage:
     """The image with its last row and column repeated up to multiples of the latent stride."""
     bottom, right = (-side % LATENT_STRIDE for side in image.shape[:2])
-    padded = (
-        np.pad(image, ((0, bottom), (0, right), (0, 0)), "edge") if bottom or right else np.ascontiguousarray(image)
-    )
+    if bottom or right:
+        return np.pad(image, ((0, bottom), (0, right), (0, 0)), "edge")
+    padded = np.ascontiguousarray(image)
     return padded if padded.flags.writeable else padded.copy()  # torch takes no read-only arrays without a warning
 
 

@@ -19,6 +19,7 @@ from typing import NamedTuple, TypeVar
 from cotam.bitstream import BitstreamError
 from cotam.codec import Codec, CompressedImage
 from cotam.image import ImageError, RGBImage, decode_image
+from cotam.importance import DEFAULT_STRENGTH
 from cotam.importance.source import ImportanceMap, ImportanceSource
 from cotam.store.schema import Reject, Row, Sample
 
@@ -33,7 +34,7 @@ class Steering(NamedTuple):
     """How importance steers quality: where maps come from, how many levels they span, and whether rows keep them."""
 
     source: ImportanceSource
-    strength: float = 2.0
+    strength: float = DEFAULT_STRENGTH
     keep_map: bool = False
 
 

@@ -11,6 +11,7 @@ import torch
 
 from cotam.codec import Codec
 from cotam.image import MAX_PIXELS
+from cotam.importance import DEFAULT_CLIP, DEFAULT_LAYER, DEFAULT_STRENGTH
 from cotam.importance.source import from_member
 from cotam.store.readers import Partition, member_types, read_partition
 from cotam.store.records import Completion, RunStore
@@ -18,8 +19,6 @@ from cotam.store.schema import SCHEMA_VERSION, Row
 from cotam.store.shard import RejectWriter, ShardWriter, file_sha256
 from cotam.stream import Steering, encode_stream
 from pipelines.counter import Counter, Report
-
-DEFAULT_CLIP = "ViT-L-14-336:openai"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,9 +45,9 @@ class EncodeConfig:
     keep_rejects: bool = True
     importance: str = "none"
     clip: str = DEFAULT_CLIP
-    layer: int = 3
+    layer: int = DEFAULT_LAYER
     clip_sha256: str = ""
-    strength: float = 2.0
+    strength: float = DEFAULT_STRENGTH
     keep_importance: bool = False
 
     def __post_init__(self) -> None:

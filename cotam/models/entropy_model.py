@@ -71,7 +71,7 @@ class HyperAnalysis(nn.Module):
         self.pool = nn.Conv2d(config.M, config.N_z, 1, bias=False)
         with torch.no_grad():
             _start_diagonal(self.pool.weight, 1 / COARSE_STEP)
-        with torch.no_grad():  # torch's default shrinks the signal layer by layer; z has to start a step wide
+            # torch's default shrinks the signal layer by layer; z has to start a step wide
             for conv in (self.embed, *self.layers):
                 if isinstance(conv, nn.Conv2d):
                     conv.weight.mul_(2.2)

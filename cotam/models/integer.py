@@ -132,7 +132,7 @@ class IntConv2d(nn.Module):
 
     def forward(self, x: Tensor, q: Tensor | None = None) -> Tensor:
         """(B, I, h, w) integers in float32, ``q`` (B, 1, h, w) or (B, 1, 1, 1), to (B, O, h, w) integers."""
-        kernel = self._kernel if self._kernel is not None else Kernel.of(self.integers())
+        kernel = self._current_kernel()
         with torch.autocast(x.device.type, enabled=False):  # 8 bits of bfloat16 do not hold these integers
             if self.depthwise:
                 out = F.conv2d(x, kernel.weight, kernel.bias, padding=1, groups=x.shape[1])
@@ -148,7 +148,7 @@ class IntConv2d(nn.Module):
 
         ``channels`` are the output channels to compute.
         """
-        kernel = self._kernel if self._kernel is not None else Kernel.of(self.integers())
+        kernel = self._current_kernel()
         with torch.autocast(q.device.type, enabled=False):
             weights = kernel.weight[channels, :, 0, 0].T.split([x.shape[1] for x in inputs])
             out = kernel.bias[channels].expand(len(q), -1)
@@ -157,6 +157,9 @@ class IntConv2d(nn.Module):
             if self.quality_bias:
                 out = torch.addr(out, q[:, 0], kernel.gain[channels])
         return self._round(out)
+
+    def _current_kernel(self) -> Kernel:
+        return self._kernel if self._kernel is not None else Kernel.of(self.integers())
 
     def _round(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():

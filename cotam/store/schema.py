@@ -26,7 +26,6 @@ SHARD_FIELDS = (
     pa.field("source_sha256", pa.string()),
 )
 SHARD_COLUMNS = tuple(f.name for f in SHARD_FIELDS)
-OPTIONAL_COLUMNS = ("mean_importance", "importance")  # missing in the first shards
 
 REJECT_SCHEMA = pa.schema(
     [

@@ -12,15 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cotam.store.fs import Root
-from cotam.store.schema import (
-    OPTIONAL_COLUMNS,
-    REJECT_SCHEMA,
-    SHARD_COLUMNS,
-    SHARD_FIELDS,
-    Reject,
-    Row,
-    column_name,
-)
+from cotam.store.schema import REJECT_SCHEMA, SHARD_COLUMNS, SHARD_FIELDS, Reject, Row, column_name
 
 ROW_GROUP_BYTES = 64 * 2**20
 _ROW_GROUP_ROWS = 10_000
@@ -124,13 +116,12 @@ def read_rows(root: Root, path: str) -> Iterator[Row]:
         ValueError: not a shard of this schema.
     """
     with root.fs.open(root.join(path), "rb") as file, pq.ParquetFile(file) as parquet:
-        names = parquet.schema_arrow.names
-        missing = [name for name in SHARD_COLUMNS if name not in names and name not in OPTIONAL_COLUMNS]
+        missing = [name for name in SHARD_COLUMNS if name not in parquet.schema_arrow.names]
         if missing:
             raise ValueError(f"{path} is not a CoTAM shard: no column {missing[0]!r}")
         for batch in parquet.iter_batches(batch_size=_READ_BATCH_ROWS):
             for values in batch.to_pylist():
-                fixed = {name: values.pop(name, None) for name in SHARD_COLUMNS}
+                fixed = {name: values.pop(name) for name in SHARD_COLUMNS}
                 del fixed["bpp"]
                 if fixed["importance"] is not None:
                     fixed["importance"] = np.array(fixed["importance"], dtype=np.float32)
