@@ -175,8 +175,9 @@ def read_rejects(root: Root, partition_id: str) -> list[Reject]:
     path = f"_cotam/rejects/{partition_id}.parquet"
     if not root.exists(path):
         return []
-    with root.fs.open(root.join(path), "rb") as file:
-        table = pq.read_table(file, columns=["key", "source", "stage", "error"])
+    # Not pq.read_table: its scanner's threads may outlive the file, and then abort the process at its end.
+    with root.fs.open(root.join(path), "rb") as file, pq.ParquetFile(file) as parquet:
+        table = parquet.read(columns=["key", "source", "stage", "error"])
     return [Reject(**row) for row in table.to_pylist()]
 
 
