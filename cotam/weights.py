@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 from importlib import resources
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
@@ -30,6 +31,8 @@ FORMAT = "cotam-codec/1"
 PACKAGED: dict[str, str] = {
     "cotam-base": "4f2d070254663bb9743f9633bbc03500552fce01e509ad194c1baddd63e41b23",
 }
+# Packaged folders by name: the sha256 of the weights in cotam/packaged/{name}.
+PACKAGED_FOLDERS: dict[str, tuple[str, str]] = {}
 _MAX_FILE_BYTES = 2**30
 _Arrays = dict[str, NDArray[Any]]
 
@@ -62,6 +65,26 @@ def read_weights(name_or_path_or_uri: str) -> bytes:
     if len(data) > _MAX_FILE_BYTES:
         raise ValueError(f"{name_or_path_or_uri}: more than {_MAX_FILE_BYTES} bytes, not a codec file")
     return bytes(data)
+
+
+def model_folder(name_or_path: str) -> Path:
+    """The folder of a packaged CLIP or MLLM by name, its weights checked; any other name is a local path.
+
+    Raises:
+        FileNotFoundError: no such name or folder.
+        ValueError: packaged weights differ from their pinned sha256.
+    """
+    pinned = PACKAGED_FOLDERS.get(name_or_path)
+    if pinned is None:
+        folder = Path(name_or_path)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no folder {name_or_path!r}; packaged: {', '.join(PACKAGED_FOLDERS) or 'none'}")
+        return folder
+    folder = Path(str(resources.files("cotam").joinpath(f"packaged/{name_or_path}")))
+    file, sha256 = pinned
+    if hashlib.sha256((folder / file).read_bytes()).hexdigest() != sha256:
+        raise ValueError(f"packaged weights {name_or_path} are damaged; reinstall the package")
+    return folder
 
 
 def dump_codec(model: CodecModel) -> bytes:

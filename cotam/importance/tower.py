@@ -4,14 +4,65 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import math
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.model import CLIP
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from cotam.weights import PACKAGED_FOLDERS, model_folder
+
+
+class LoadedClip(NamedTuple):
+    """A CLIP of open_clip, and mean and deviation of the channels for pixels in [0, 1]."""
+
+    model: Any
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def load_clip(name: str) -> LoadedClip:
+    """A CLIP by name.
+
+    Args:
+        name: a packaged name (``cotam-clip-tiny``); a folder with open_clip_config.json and
+            open_clip_model.safetensors; or ``ARCHITECTURE:PRETRAINED`` (``ViT-L-14-336:openai``) of open_clip, where
+            PRETRAINED is a safetensors file, or a tag, which open_clip may download.
+
+    Raises:
+        ValueError: unknown, or weights that cannot be had or do not fit.
+    """
+    architecture, _, pretrained = name.partition(":")
+    try:
+        if name in PACKAGED_FOLDERS or Path(name).is_dir():
+            return _load_folder(model_folder(name))
+        if architecture not in open_clip.list_models() or not pretrained:
+            raise ValueError("write a packaged name, a folder, or ARCHITECTURE:PRETRAINED like ViT-L-14-336:openai")
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        if pretrained not in tags and not (pretrained.endswith(".safetensors") and Path(pretrained).is_file()):
+            raise ValueError(f"{pretrained!r} is no safetensors file and no tag of {architecture} ({', '.join(tags)})")
+        quick = needs_quick_gelu(architecture, pretrained)
+        model = open_clip.create_model(architecture, pretrained=pretrained, force_quick_gelu=quick)
+    except Exception as error:  # open_clip, the hub client and the network raise whatever they like
+        raise ValueError(f"cannot load CLIP {name}: {(str(error).splitlines() or [repr(error)])[0]}") from error
+    config = open_clip.get_model_preprocess_cfg(model)
+    return LoadedClip(model, config["mean"], config["std"])
+
+
+def _load_folder(folder: Path) -> LoadedClip:
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    model = CLIP(**config["model_cfg"])
+    state = load_file(folder / "open_clip_model.safetensors")
+    model.load_state_dict({key: tensor.float() for key, tensor in state.items()})
+    preprocess = config["preprocess_cfg"]
+    return LoadedClip(model, tuple(preprocess["mean"]), tuple(preprocess["std"]))
 
 
 class AttentionTower(nn.Module):
@@ -51,26 +102,9 @@ class AttentionTower(nn.Module):
 
     @classmethod
     def load(cls, name: str, layer: int) -> AttentionTower:
-        """An open_clip model as ``ARCHITECTURE:PRETRAINED`` (``ViT-L-14-336:openai``) or ``ARCHITECTURE:FILE``.
-
-        A file is a safetensors file; a pretrained tag may be downloaded by open_clip.
-
-        Raises:
-            ValueError: unknown architecture, or weights that cannot be had or do not fit.
-        """
-        architecture, _, pretrained = name.partition(":")
-        if architecture not in open_clip.list_models() or not pretrained:
-            raise ValueError(f"no CLIP {name!r}: write ARCHITECTURE:PRETRAINED, such as ViT-L-14-336:openai")
-        tags = open_clip.list_pretrained_tags_by_model(architecture)
-        if pretrained not in tags and not (pretrained.endswith(".safetensors") and Path(pretrained).is_file()):
-            raise ValueError(f"{pretrained!r} is no safetensors file and no tag of {architecture} ({', '.join(tags)})")
-        try:
-            quick = needs_quick_gelu(architecture, pretrained)
-            model = open_clip.create_model(architecture, pretrained=pretrained, force_quick_gelu=quick)
-        except Exception as error:  # open_clip, the hub client and the network raise whatever they like
-            raise ValueError(f"cannot load CLIP {name}: {str(error).splitlines()[0]}") from error
-        config = open_clip.get_model_preprocess_cfg(model)
-        return cls(model.visual, layer, config["mean"], config["std"])
+        """The image tower of ``load_clip(name)``. Raises ValueError as that does, or for a layer that it does not have."""
+        loaded = load_clip(name)
+        return cls(loaded.model.visual, layer, loaded.mean, loaded.std)
 
     def fingerprint(self) -> str:
         """The sha256 of everything that attention depends on, hexadecimal."""

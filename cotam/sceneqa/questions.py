@@ -24,14 +24,15 @@ LEVELS = {
 _APART = 0.12  # how far apart, in fractions of the side, left and right have to be to be asked for
 
 
-def scene_questions(scene: Scene, with_kind: bool = True) -> list[Question]:
+def scene_questions(scene: Scene, with_kind: bool = True, draw: int = 0) -> list[Question]:
     """All questions of a scene, at most one of each type; yes and no are equally likely.
 
     Args:
         scene: what is asked about.
         with_kind: ask for the kind of scene; not where a photograph is its background.
+        draw: another number asks for other objects; training uses several.
     """
-    rng = random.Random(scene.seed + "/questions")
+    rng = random.Random(scene.seed + "/questions" + (f"/{draw}" if draw else ""))
     asked = [("read", "What does the sign say?", scene.sign.text.lower())]
     if with_kind:
         asked.append(("kind", f"What kind of scene is this: {', '.join(KINDS)}?", scene.kind))

@@ -15,6 +15,7 @@ from cotam.image import RGBImage
 from cotam.sceneqa.scene import Scene, Sign, Thing
 
 _OVERSAMPLING = 2
+_METRICS_PX = 100  # size of the letters that are measured
 _RGB = {
     "black": (25, 25, 25), "blue": (40, 80, 220), "green": (40, 150, 60), "orange": (245, 140, 25),
     "pink": (245, 130, 180), "red": (215, 35, 35), "white": (250, 250, 250), "yellow": (250, 220, 40),
@@ -57,6 +58,16 @@ def render(scene: Scene, side_px: int = 256, photograph: RGBImage | None = None)
         _draw_thing(draw, thing, side)
     _draw_sign(draw, scene.sign, side)
     return np.array(canvas.resize((side_px, side_px), Image.Resampling.BOX))
+
+
+def character_spans(sign: Sign) -> list[tuple[str, float, float]]:
+    """Each character of a sign with where it begins and ends, as fractions of the side."""
+    font = _font(sign.font, _METRICS_PX)
+    ends = [font.getlength(sign.text[:k]) for k in range(len(sign.text) + 1)]
+    scale = sign.height / _METRICS_PX
+    left = sign.x - ends[-1] * scale / 2
+    pairs = zip(sign.text, ends[:-1], ends[1:], strict=True)
+    return [(letter, left + start * scale, left + end * scale) for letter, start, end in pairs]
 
 
 def _background(kind: str, side: int, rng: np.random.Generator) -> RGBImage:

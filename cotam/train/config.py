@@ -1,4 +1,4 @@
-"""The one configuration file of a codec training run."""
+"""The configuration file of each training run."""
 
 from __future__ import annotations
 
@@ -26,36 +26,31 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CodecTrainConfig:
-    """A codec training run.
+class Schedule:
+    """How long and how fast; part of every training run's configuration.
 
     Attributes:
-        model: the shape of the codec.
-        data: images.
-        crop_px: side of the training crops, a multiple of 64.
-        batch_size: crops a step.
+        batch_size: images a step and process.
         learning_rate: peak of the cosine schedule after ``warmup_steps``.
-        linear_lr_factor: factor on it for the linear paths, which start at the KLT and are nearly right.
         final_lr_fraction: the schedule's end relative to its peak.
         max_steps, max_minutes: the length; the schedule follows whichever is nearer to its end. 0 is no limit.
+        weight_decay, adam_beta2: of AdamW.
         grad_clip: largest gradient norm.
         ema_decay: decay of the averaged weights, which are what is evaluated and exported.
         eval_minutes: minutes between evaluations (and checkpoints).
-        bf16: autocast the transforms to bfloat16 ("auto": where the hardware computes with it).
-        compile: torch.compile the training pass (GPU).
-        seed: of initialisation, data order and maps.
+        bf16: autocast to bfloat16 ("auto": where the hardware computes with it).
+        compile: torch.compile the training pass.
+        seed: of initialisation and of everything drawn.
     """
 
-    model: CodecConfig = dataclasses.field(default_factory=CodecConfig)
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    crop_px: int = 256
     batch_size: int = 8
     learning_rate: float = 1.0e-3
-    linear_lr_factor: float = 0.1
     final_lr_fraction: float = 0.01
     warmup_steps: int = 200
     max_steps: int = 0
     max_minutes: float = 60.0
+    weight_decay: float = 0.0
+    adam_beta2: float = 0.99
     grad_clip: float = 1.0
     ema_decay: float = 0.999
     eval_minutes: float = 5.0
@@ -64,9 +59,95 @@ class CodecTrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.crop_px % 64 or self.crop_px <= 0:
-            raise ValueError(f"crop_px must be a positive multiple of 64, not {self.crop_px}")
         if not self.max_steps and not self.max_minutes:
             raise ValueError("set max_steps or max_minutes: one of them ends the run")
         if self.bf16 not in (True, False, "auto"):
             raise ValueError(f"bf16 must be true, false or auto, not {self.bf16!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CodecTrainConfig(Schedule):
+    """A codec training run.
+
+    Attributes:
+        model: the shape of the codec.
+        data: images.
+        crop_px: side of the training crops, a multiple of 64.
+        linear_lr_factor: on the learning rate, for the linear paths, which start at the KLT and are nearly right.
+    """
+
+    model: CodecConfig = dataclasses.field(default_factory=CodecConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    crop_px: int = 256
+    linear_lr_factor: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.crop_px % 64 or self.crop_px <= 0:
+            raise ValueError(f"crop_px must be a positive multiple of 64, not {self.crop_px}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SceneConfig:
+    """SceneQA scenes to train on, rendered as they are needed.
+
+    Attributes:
+        photographs: WebDataset tars (braces allowed) whose images are the backgrounds of every second scene.
+        num_eval_scenes: how many scenes of the test split are evaluated on.
+        num_workers: rendering processes.
+    """
+
+    photographs: tuple[str, ...] = ()
+    num_eval_scenes: int = 256
+    num_workers: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClipTrainConfig(Schedule):
+    """A CLIP training run: a plain ViT and a small text tower of open_clip.
+
+    Attributes:
+        image_px, patch_px: of the image tower.
+        width, layers, head_width: of the image tower.
+        text_width, text_layers: of the text tower.
+        embed_dim: of the common space.
+        dense_weight: of the patches' loss (what is in this patch) beside the contrastive one.
+        data: scenes.
+    """
+
+    image_px: int = 192
+    patch_px: int = 16
+    width: int = 192
+    layers: int = 6
+    head_width: int = 32
+    text_width: int = 128
+    text_layers: int = 3
+    embed_dim: int = 128
+    dense_weight: float = 1.0
+    data: SceneConfig = dataclasses.field(default_factory=SceneConfig)
+    batch_size: int = 64
+    weight_decay: float = 0.02
+    adam_beta2: float = 0.98
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VlmTrainConfig(Schedule):
+    """A training run of a LLaVA: the image tower of a CLIP, a projector, and a small Llama.
+
+    Attributes:
+        hidden, layers, heads, intermediate: of the Llama.
+        draws: how often questions are drawn for an image; a draw has one question a type.
+        tower_lr_factor: on the learning rate, for the image tower; 0 freezes it.
+        data: scenes.
+    """
+
+    hidden: int = 192
+    layers: int = 4
+    heads: int = 6
+    intermediate: int = 512
+    draws: int = 2
+    tower_lr_factor: float = 0.5
+    data: SceneConfig = dataclasses.field(default_factory=SceneConfig)
+    batch_size: int = 32
+    weight_decay: float = 0.02
+    adam_beta2: float = 0.98

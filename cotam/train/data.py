@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from cotam.train.config import DataConfig
 
-_IMAGE_MEMBERS = "jpg;jpeg;png;webp"
+IMAGE_MEMBERS = "jpg;jpeg;png;webp"
 _PIXELS_PER_CROP = 2.5  # a large image gives one crop per this many crop areas, so that its decoding pays
 _MAX_CROPS = 8
 
@@ -32,7 +32,7 @@ class CropDataset(IterableDataset[Tensor]):
     """
 
     def __init__(self, urls: Sequence[str], crop_px: int, seed: int) -> None:
-        self.urls, self.crop_px, self.seed = _expand(urls), crop_px, seed
+        self.urls, self.crop_px, self.seed = expand_urls(urls), crop_px, seed
 
     def __iter__(self) -> Iterator[Tensor]:
         info = torch.utils.data.get_worker_info()
@@ -56,8 +56,8 @@ class CropDataset(IterableDataset[Tensor]):
                 empty_check=False,
             )
             produced = False
-            for sample in dataset.shuffle(200, rng=rng).to_tuple(_IMAGE_MEMBERS):
-                image = _decode_rgb(sample[0])
+            for sample in dataset.shuffle(200, rng=rng).to_tuple(IMAGE_MEMBERS):
+                image = decode_rgb(sample[0])
                 if image is None or min(image.shape[:2]) < size:
                     continue
                 area = image.shape[0] * image.shape[1] / size**2
@@ -102,12 +102,12 @@ def random_quality_maps(batch_size: int, height: int, width: int, num_q: int, ge
     return torch.stack(maps)
 
 
-def _expand(urls: Sequence[str]) -> list[str]:
+def expand_urls(urls: Sequence[str]) -> list[str]:
     """WebDataset expands braces in a single string only, not in a list."""
     return [url for pattern in urls for url in braceexpand.braceexpand(pattern)]
 
 
-def _decode_rgb(data: bytes) -> np.ndarray | None:  # type: ignore[type-arg]
+def decode_rgb(data: bytes) -> np.ndarray | None:  # type: ignore[type-arg]
     """Decode training bytes to uint8 (H, W, 3); None for what cannot be decoded."""
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -119,9 +119,9 @@ def _decode_rgb(data: bytes) -> np.ndarray | None:  # type: ignore[type-arg]
 def eval_crops(config: DataConfig) -> Tensor:
     """The evaluation set: centre crops of the first images of the held-out tars, uint8 (K, 3, S, S)."""
     size, crops = config.eval_crop_px, []
-    dataset = wds.WebDataset(_expand(config.evaluation), shardshuffle=False, nodesplitter=iter, empty_check=False)
-    for sample in dataset.to_tuple(_IMAGE_MEMBERS):
-        image = _decode_rgb(sample[0])
+    dataset = wds.WebDataset(expand_urls(config.evaluation), shardshuffle=False, nodesplitter=iter, empty_check=False)
+    for sample in dataset.to_tuple(IMAGE_MEMBERS):
+        image = decode_rgb(sample[0])
         if image is None or min(image.shape[:2]) < size:
             continue
         top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2

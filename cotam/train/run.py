@@ -1,4 +1,4 @@
-"""A whole training run from the command line: devices, progress, and the exported weights with their model card."""
+"""Whole training runs from the command line: devices, progress, and the exported models with their model cards."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import yaml
+from torch import nn
 
-from cotam.train.codec import CodecTrainer
-from cotam.train.config import CodecTrainConfig
+from cotam.train.config import ClipTrainConfig, CodecTrainConfig, Schedule, VlmTrainConfig
+from cotam.train.trainer import Trainer
 from cotam.weights import dump_codec, parse_codec, read_weights
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def train_codec(config: CodecTrainConfig, out: Path, device: str | None = None, init: str | None = None) -> Path:
@@ -34,68 +39,130 @@ def train_codec(config: CodecTrainConfig, out: Path, device: str | None = None, 
     Raises:
         ValueError: no training images, an unfit ``init`` or checkpoint.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if "LOCAL_RANK" in os.environ:  # torchrun
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
-        else:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.get_world_size()))
+    from cotam.train.codec import CodecTrainer
+
     start = None
     if init is not None:
         start = parse_codec(read_weights(init), init).model
         config = dataclasses.replace(config, model=start.config)
-    trainer = CodecTrainer(config, out, device, start)
-    try:
-        with (out / "log.jsonl").open("a") as log:
-            model = trainer.run(lambda record: _log(record, log))
-        weights = out / "codec.safetensors"
+    weights = out / "codec.safetensors"
+    with _on_device(device) as chosen:
+        trainer = CodecTrainer(config, out, chosen, start)
+        model = _run(trainer, out)
         if trainer.rank == 0:
             weights.write_bytes(dump_codec(model))
-            (out / "codec.md").write_text(model_card(config, out / "log.jsonl", weights))
-            print(f"wrote {weights} ({weights.stat().st_size / 2**20:.1f} MiB) and its model card", file=sys.stderr)
-        return weights
+            (out / "codec.md").write_text(model_card("A CoTAM codec", config, out, weights))
+            _say_exported(weights)
+    return weights
+
+
+def train_clip(config: ClipTrainConfig, out: Path, device: str | None = None) -> Path:
+    """Train, or go on with, a CLIP in ``out``. Returns ``out``/clip, a folder that open_clip and CoTAM load.
+
+    Args and errors as of ``train_codec``.
+    """
+    from cotam.train.clip import ClipTrainer, export_clip
+
+    folder = out / "clip"
+    with _on_device(device) as chosen:
+        trainer = ClipTrainer(config, out, chosen)
+        model = _run(trainer, out)
+        if trainer.rank == 0:
+            weights = export_clip(model.clip, config, folder)
+            (folder / "README.md").write_text(model_card("A CLIP trained on SceneQA", config, out, weights))
+            _say_exported(weights)
+    return folder
+
+
+def train_vlm(config: VlmTrainConfig, out: Path, clip: str, device: str | None = None) -> Path:
+    """Train, or go on with, a LLaVA around the CLIP ``clip`` in ``out``. Returns ``out``/vlm, a transformers folder.
+
+    Args and errors as of ``train_codec``; ``clip`` is a packaged name or a folder.
+    """
+    from cotam.importance.tower import load_clip
+    from cotam.train.vlm import VlmTrainer, export_vlm
+
+    folder = out / "vlm"
+    loaded = load_clip(clip)
+    with _on_device(device) as chosen:
+        trainer = VlmTrainer(config, out, loaded.model.visual, chosen)
+        model = _run(trainer, out)
+        if trainer.rank == 0:
+            weights = export_vlm(model.llava, folder)
+            (folder / "README.md").write_text(model_card("A LLaVA trained on SceneQA", config, out, weights))
+            _say_exported(weights)
+    return folder
+
+
+@contextmanager
+def _on_device(device: str | None) -> Iterator[str]:
+    """The device of this process, with torch.distributed initialised under torchrun."""
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if "LOCAL_RANK" in os.environ:  # torchrun
+            dist.init_process_group("nccl" if chosen == "cuda" else "gloo")
+            if chosen == "cuda":
+                chosen = f"cuda:{os.environ['LOCAL_RANK']}"
+                torch.cuda.set_device(chosen)
+            else:
+                torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.get_world_size()))
+        yield chosen
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def model_card(config: CodecTrainConfig, log: Path, weights: Path) -> str:
-    """A model card in Markdown, from the run's configuration and log."""
-    records = [json.loads(line) for line in log.read_text().splitlines()]
+def _run(trainer: Trainer[M, Any], out: Path) -> M:
+    with (out / "log.jsonl").open("a") as log:
+        return trainer.run(lambda record: _log(record, log))
+
+
+def model_card(title: str, config: Schedule, out: Path, weights: Path) -> str:
+    """A model card in Markdown, from the run's configuration and log.jsonl in ``out``."""
+    from hashlib import sha256
+
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     results = [r for r in records if "evaluation" in r]
-    last = [r["evaluation"] for r in results if r["step"] == results[-1]["step"]] if results else []
-    loaded = parse_codec(weights.read_bytes(), str(weights))
-    num_parameters = sum(p.numel() for p in loaded.model.parameters())
     lines = [
-        f"# {weights.stem}",
+        f"# {weights.parent.name if weights.stem.startswith(('model', 'open_clip')) else weights.stem}",
         "",
-        f"A CoTAM codec: {num_parameters / 1e6:.1f} M parameters, {weights.stat().st_size / 2**20:.1f} MiB, sha256",
-        f"`{loaded.sha256}`.",
-        "",
-        f"- Training data: {', '.join(Path(u).name for u in config.data.train)}",
-        f"- Held-out data: {', '.join(Path(u).name for u in config.data.evaluation) or 'none'}",
+        f"{title}: {weights.stat().st_size / 2**20:.1f} MiB, sha256",
+        f"`{sha256(weights.read_bytes()).hexdigest()}`.",
     ]
     if results:
-        lines.append(f"- Training: {results[-1]['step']} steps, {results[-1]['minutes']:.0f} minutes")
-    if last:
-        lines += ["", "| quality | bpp (estimate) | PSNR RGB (dB) |", "| --- | --- | --- |"]
-        lines += [f"| {r['quality']} | {r['bpp_est']:.3f} | {r['psnr_rgb']:.2f} |" for r in last]
-    shown = {k: v for k, v in dataclasses.asdict(config).items() if k != "data"}
-    lines += ["", "```yaml", yaml.safe_dump(json.loads(json.dumps(shown)), sort_keys=False).strip(), "```", ""]
-    return "\n".join(lines)
+        last = [r["evaluation"] for r in results if r["step"] == results[-1]["step"]]
+        names = list(last[0])
+        lines += ["", f"Training: {results[-1]['step']} steps, {results[-1]['minutes']:.0f} minutes. On held-out data:"]
+        lines += ["", f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
+        lines += [f"| {' | '.join(_shown(row[name]) for name in names)} |" for row in last]
+    lines += ["", "```yaml", yaml.safe_dump(_without_folders(dataclasses.asdict(config)), sort_keys=False).strip()]
+    return "\n".join([*lines, "```", ""])
+
+
+def _without_folders(value: Any) -> Any:
+    """Plain values for YAML; of paths only the names."""
+    if isinstance(value, dict):
+        return {k: _without_folders(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_folders(v) for v in value]
+    return value.rpartition("/")[2] if isinstance(value, str) else value
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _say_exported(weights: Path) -> None:
+    print(f"wrote {weights} ({weights.stat().st_size / 2**20:.1f} MiB) and its model card", file=sys.stderr)
 
 
 def _log(record: dict[str, Any], log: Any) -> None:
     log.write(json.dumps({**record, "time": round(time.time())}) + "\n")
     log.flush()
     if "evaluation" in record:
-        e = record["evaluation"]
-        text = f"evaluation  quality {e['quality']}  {e['bpp_est']:.4f} bpp_est  {e['psnr_rgb']:.2f} dB"
+        text = "evaluation  " + "  ".join(f"{name} {_shown(value)}" for name, value in record["evaluation"].items())
     else:
-        text = (
-            f"step {record['step']}  {record['progress']:.1%}  loss {record['loss']:.3f}"
-            f"  {record['bpp_est']:.3f} bpp_est  {record['psnr_rgb']:.2f} dB  {record['crops_per_s']:.1f} crops/s"
-        )
+        measured = {k: v for k, v in record.items() if k not in ("step", "progress")}
+        text = f"step {record['step']}  {record['progress']:.1%}  "
+        text += "  ".join(f"{name} {value:.3f}" for name, value in measured.items())
     print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""Multimodal LLMs behind one small interface."""

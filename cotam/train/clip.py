@@ -1,0 +1,220 @@
+"""`cotam train clip`: a small CLIP of open_clip on SceneQA scenes and their captions.
+
+Beside the contrastive loss (Radford et al. 2021) the patch tokens learn what is in their patch, which the renderer
+knows: object, colour, size, letters. It costs two linear layers and saves most of the training.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from cotam.mllm.tiny import half_precision, make_tokenizer
+from cotam.sceneqa.labels import COLUMNS_PER_PATCH, NUM_CHARACTER_CLASSES, NUM_CLASSES, PatchLabels, patch_labels
+from cotam.sceneqa.questions import caption
+from cotam.sceneqa.tokenizer import BOS, EOS, PAD, SPECIAL_TOKENS, build_tokenizer
+from cotam.train.config import ClipTrainConfig
+from cotam.train.scenes import Example, scene_batches, stack_images, test_examples
+from cotam.train.trainer import Trainer, transformer_groups
+
+CONTEXT_LENGTH = 64
+MEAN = STD = (0.5, 0.5, 0.5)
+_INIT_SCALE = 0.1  # of patches and positions
+_EMPTY_WEIGHT = 0.3  # of patches with nothing in them, against all others
+
+
+class ClipBatch(NamedTuple):
+    """uint8 images (B, 3, S, S), int64 captions (B, CONTEXT_LENGTH), and labels stacked over the batch."""
+
+    images: Tensor
+    captions: Tensor
+    labels: tuple[Tensor, ...]
+
+
+class DenseClip(nn.Module):
+    """A CLIP with heads that tell what is in each patch; the heads are left behind after training."""
+
+    def __init__(self, config: ClipTrainConfig) -> None:
+        super().__init__()
+        self.clip = CLIP(**open_clip_config(config)["model_cfg"])
+        self.clip.visual.output_tokens = True
+        self.heads = nn.ModuleList(nn.Linear(config.width, classes) for classes in NUM_CLASSES.values())
+        self.characters = nn.Linear(config.width, COLUMNS_PER_PATCH * NUM_CHARACTER_CLASSES)
+
+    def forward(self, images: Tensor, captions: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """float images, token ids -> image and text embeddings (B, D) of unit length, scale, logits of ``PatchLabels``.
+
+        Logits are (B, patches, classes), those of characters (B, columns per patch x patches, classes) in the order
+        of labels flattened.
+        """
+        pooled, tokens = self.clip.visual(images)
+        text = self.clip.encode_text(captions, normalize=True)
+        letters = self.characters(tokens).unflatten(2, (COLUMNS_PER_PATCH, -1)).flatten(1, 2)
+        logits = [*(head(tokens) for head in self.heads), letters]
+        return F.normalize(pooled, dim=-1), text, self.clip.logit_scale.exp(), logits
+
+
+def open_clip_config(config: ClipTrainConfig) -> dict[str, Any]:
+    """The content of open_clip_config.json."""
+    vision = {
+        "image_size": config.image_px,
+        "patch_size": config.patch_px,
+        "width": config.width,
+        "layers": config.layers,
+        "head_width": config.head_width,
+    }
+    text = {
+        "context_length": CONTEXT_LENGTH,
+        "vocab_size": build_tokenizer().get_vocab_size(),
+        "width": config.text_width,
+        "heads": config.text_width // 32,
+        "layers": config.text_layers,
+        "hf_tokenizer_name": "cotam-clip-tiny",  # the tokenizer beside the weights
+        "pool_type": "eos",
+        "eos_id": SPECIAL_TOKENS.index(EOS),
+        "pad_id": SPECIAL_TOKENS.index(PAD),
+    }
+    preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "squash"}
+    model = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text}
+    return {"model_cfg": model, "preprocess_cfg": preprocess}
+
+
+class ClipTrainer(Trainer[DenseClip, ClipBatch]):
+    """One training run of a CLIP. Arguments as of ``Trainer``."""
+
+    def __init__(self, config: ClipTrainConfig, out_dir: Path, device: str = "cpu") -> None:
+        torch.manual_seed(config.seed)
+        self.config = config
+        model_config = open_clip_config(config)["model_cfg"]
+        super().__init__(DenseClip(config), config, out_dir, device, model_config)
+        self._collate = partial(_collate, tokenizer=build_tokenizer(), rows=config.image_px // config.patch_px)
+
+    def batches(self) -> Iterator[ClipBatch]:
+        """Rendered scenes with captions and patch labels."""
+        config = self.config
+        first = self.step * self.num_ranks + self.rank
+        return scene_batches(config.data, config.image_px, self._collate, config.batch_size, first, self.num_ranks)
+
+    def prepare(self) -> None:
+        """The image tower starts at whitened patches and sinusoidal positions, each as strong as the other."""
+        visual = self.model.clip.visual
+        batches = self.batches()
+        images = torch.cat([to_float(next(batches).images) for _ in range(max(1, 128 // self.config.batch_size))])
+        weight = _INIT_SCALE * whitening(images, self.config.patch_px, self.config.width)
+        positions = _INIT_SCALE * sinusoidal_positions(visual.grid_size[0], self.config.width)
+        for model in (self.model, self.ema):
+            with torch.no_grad():
+                model.clip.visual.conv1.weight.copy_(weight)
+                model.clip.visual.positional_embedding[1:] = positions
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Muon for the blocks' matrices: about half the steps of AdamW alone."""
+        return transformer_groups(self.model.named_parameters())
+
+    def losses(self, batch: ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Symmetric contrastive loss within the batch, and cross-entropy of the patches."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            images = to_float(batch.images.to(self.device))
+            image, text, scale, logits = self.forward(images, batch.captions.to(self.device))
+        similarity = scale.float() * image.float() @ text.float().T
+        target = torch.arange(len(similarity), device=self.device)
+        contrastive = (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
+        dense = sum(
+            (_dense_loss(z.float(), t.to(self.device)) for z, t in zip(logits, batch.labels, strict=True)),
+            torch.zeros((), device=self.device),
+        )
+        shown = {"contrastive": contrastive.detach(), "dense": dense.detach()}
+        return contrastive + self.config.dense_weight * dense, shown
+
+    @torch.no_grad()
+    def evaluate(self) -> list[dict[str, Any]]:
+        """Retrieval of captions among 64 test scenes, and accuracy by patch where there is something."""
+        size = 64
+        examples = test_examples(self.config.data, self.config.image_px)
+        right = dict.fromkeys(PatchLabels._fields, 0)
+        present = dict.fromkeys(PatchLabels._fields, 0)
+        found = total = 0
+        for k in range(0, len(examples), size):
+            batch = self._collate(examples[k : k + size])
+            image, text, _, logits = self.ema(to_float(batch.images.to(self.device)), batch.captions.to(self.device))
+            nearest = (image @ text.T).argmax(1).cpu()
+            found += int((nearest == torch.arange(len(nearest))).sum())
+            total += len(nearest)
+            for name, z, target in zip(PatchLabels._fields, logits, batch.labels, strict=True):
+                something = target > 0
+                right[name] += int((z.argmax(2).cpu() == target)[something].sum())
+                present[name] += int(something.sum())
+        accuracy = {name: round(right[name] / max(1, present[name]), 4) for name in right}
+        return [{"retrieval": found / max(1, total), **accuracy}]
+
+
+def export_clip(clip: CLIP, config: ClipTrainConfig, folder: Path) -> Path:
+    """Write ``clip`` in float16 as a folder that open_clip loads ("local-dir:FOLDER"). Returns the weights' path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "open_clip_config.json").write_text(json.dumps(open_clip_config(config), indent=1))
+    make_tokenizer(for_clip=True).save_pretrained(folder)
+    weights = folder / "open_clip_model.safetensors"
+    save_file(half_precision(clip.state_dict()), weights)
+    return weights
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 RGB to what the tower takes."""
+    return images.float() / 127.5 - 1
+
+
+def whitening(images: Tensor, patch_px: int, width: int) -> Tensor:
+    """Patch embedding (width, 3, patch_px, patch_px) that gives the main components of patches unit variance."""
+    patches = F.unfold(images, patch_px, stride=patch_px).transpose(1, 2).flatten(0, 1)
+    covariance = torch.cov(patches.T)
+    values, vectors = torch.linalg.eigh(covariance)
+    basis = vectors[:, -width:] / (values[-width:] + 1e-4).sqrt()
+    return F.pad(basis.T, (0, 0, 0, max(0, width - basis.shape[1]))).unflatten(1, (3, patch_px, patch_px))
+
+
+def sinusoidal_positions(rows: int, width: int) -> Tensor:
+    """Sines and cosines of rows and of columns, (rows * rows, width), as in MAE (He et al. 2022)."""
+    frequencies = 1 / 10000 ** (torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(rows)[:, None] * frequencies
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+    grid = torch.cat([waves[:, None].expand(-1, rows, -1), waves[None].expand(rows, -1, -1)], dim=2)
+    return F.pad(grid.flatten(0, 1), (0, width - grid.shape[2]))
+
+
+def _collate(examples: Sequence[Example], tokenizer: Tokenizer, rows: int) -> ClipBatch:
+    captions = torch.full((len(examples), CONTEXT_LENGTH), SPECIAL_TOKENS.index(PAD))
+    for row, example in zip(captions, examples, strict=True):
+        ids = caption_ids(tokenizer, example)
+        row[: len(ids)] = torch.tensor(ids)
+    labels = [patch_labels(e.scene, rows) for e in examples]
+    stacked = tuple(torch.from_numpy(np.stack(parts)).flatten(1) for parts in zip(*labels, strict=True))
+    return ClipBatch(stack_images(examples), captions, stacked)
+
+
+def caption_ids(tokenizer: Tokenizer, example: Example) -> list[int]:
+    """A caption with its parts in random order, so that its place in the text gives nothing away; cut to fit."""
+    parts = caption(example.scene, with_kind=example.with_kind).split(", ")
+    random.Random(example.scene.seed).shuffle(parts)
+    ids = tokenizer.encode(", ".join(parts), add_special_tokens=False).ids[: CONTEXT_LENGTH - 2]
+    return [SPECIAL_TOKENS.index(BOS), *ids, SPECIAL_TOKENS.index(EOS)]
+
+
+def _dense_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of (B, P, C) against (B, P), where patches with nothing in them do not drown the others."""
+    losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+    something = (target.flatten() > 0).float()
+    full = (losses * something).sum() / something.sum().clamp_min(1)
+    empty = (losses * (1 - something)).sum() / (1 - something).sum().clamp_min(1)
+    return full + _EMPTY_WEIGHT * empty

@@ -1,0 +1,234 @@
+"""The training loop that all models share: schedule, averaged weights, logging, evaluation, checkpoints that resume."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cotam.train.config import Schedule
+
+Log = Callable[[dict[str, Any]], None]
+M = TypeVar("M", bound=nn.Module)
+B = TypeVar("B")
+CHECKPOINT = "checkpoint.pt"
+_LONGEST_STEP_S = 30.0  # a machine that slept did not train
+_LOG_S = 10.0
+
+
+class Trainer(ABC, Generic[M, B]):
+    """One training run of a model ``M`` on batches ``B`` in ``out_dir``; picks up its checkpoint where there is one.
+
+    With torch.distributed initialised (torchrun) it is data-parallel: every rank draws its own batches, rank 0
+    evaluates, logs and writes the checkpoint. On a CPU one process a core may be faster than threads.
+
+    Args:
+        model: what is trained, on any device.
+        schedule: lengths and rates.
+        out_dir: local folder for checkpoint.pt.
+        device: where to train.
+        identity: describes the model's shape; a checkpoint of another one is refused.
+
+    Attributes:
+        model, ema: the weights, and their average, which is evaluated and exported.
+        step, trained_s: how far the run is.
+        resumed: whether a checkpoint was picked up.
+        seed: of what is drawn from here on; another one for every restart and rank.
+
+    Raises:
+        ValueError: the checkpoint is of another shape.
+    """
+
+    def __init__(self, model: M, schedule: Schedule, out_dir: Path, device: str, identity: Any) -> None:
+        self.schedule, self.out_dir, self.device = schedule, out_dir, torch.device(device)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        self.model = model.to(self.device).train()
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        self.step, self.trained_s = 0, 0.0
+        self._identity = json.dumps(identity, sort_keys=True)
+        self._optimizers = _make_optimizers(self.parameter_groups(), schedule)
+        checkpoint = out_dir / CHECKPOINT
+        self.resumed = checkpoint.exists()
+        if self.resumed:
+            self._load(checkpoint)
+        self.bf16 = _supports_bf16(self.device) if schedule.bf16 == "auto" else bool(schedule.bf16)
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self.seed = schedule.seed + 2 * self.step + self.rank
+        parallel = DistributedDataParallel(self.model) if dist.is_initialized() else self.model
+        self.forward: Callable[..., Any] = torch.compile(parallel) if schedule.compile else parallel
+
+    @abstractmethod
+    def batches(self) -> Iterator[B]:
+        """Endless batches, from where the run is."""
+
+    @abstractmethod
+    def losses(self, batch: B) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch through ``self.forward``, and what to log (scalars, averaged between log records)."""
+
+    @abstractmethod
+    def evaluate(self) -> list[dict[str, Any]]:
+        """Results of ``self.ema`` on held-out data, one record each; empty where there is none."""
+
+    def prepare(self) -> None:
+        """Hook: what a new run does before its first step."""
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Hook: groups of parameters, in module order, as a checkpoint's optimizer state belongs to them by position.
+
+        ``factor`` is on the learning rate; a group with ``muon`` holds hidden matrices, for Muon instead of AdamW.
+        """
+        return [{"params": [p for p in self.model.parameters() if p.requires_grad], "factor": 1.0}]
+
+    def run(self, log: Log) -> M:
+        """Train to the end of the schedule. Returns the averaged model; ``log`` gets a record every few seconds."""
+        if not self.resumed:
+            self.prepare()
+            if dist.is_initialized():
+                for tensor in (*self.model.parameters(), *self.ema.parameters()):
+                    dist.broadcast(tensor.data, 0)
+        batches = self.batches()
+        before = last = last_checkpoint = time.monotonic()
+        sums: dict[str, Tensor] = {}
+        count = 0
+        while (progress := self._agreed_progress()) < 1:
+            for name, value in self._train_step(next(batches), progress).items():
+                sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value
+            count += 1
+            now = time.monotonic()
+            self.trained_s += min(now - before, _LONGEST_STEP_S)
+            before = now
+            if self.rank == 0 and now - last > _LOG_S:
+                means = {name: float(value) / count for name, value in sums.items()}
+                log({"step": self.step, "progress": progress, **means, "steps_per_s": count / (now - last)})
+                sums, last, count = {}, now, 0
+            if self.rank == 0 and now - last_checkpoint > 60 * self.schedule.eval_minutes:
+                self._checkpoint(log)
+                before = last = last_checkpoint = time.monotonic()
+        if self.rank == 0:
+            self._checkpoint(log)
+        return self.ema
+
+    def progress(self) -> float:
+        """How far the schedule is, in [0, 1]."""
+        schedule = self.schedule
+        by_step = self.step / schedule.max_steps if schedule.max_steps else 0.0
+        by_time = self.trained_s / (60 * schedule.max_minutes) if schedule.max_minutes else 0.0
+        return min(1.0, max(by_step, by_time))
+
+    def _agreed_progress(self) -> float:
+        progress = torch.tensor(self.progress(), device=self.device)
+        if dist.is_initialized():  # clocks differ, and all ranks have to stop at the same step
+            dist.broadcast(progress, 0)
+        return float(progress)
+
+    def _train_step(self, batch: B, progress: float) -> dict[str, Tensor]:
+        rate = _learning_rate(self.schedule, self.step, progress)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["factor"]
+        loss, shown = self.losses(batch)
+        self.model.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.schedule.grad_clip)
+        if torch.isfinite(norm):  # a rare overflow costs one step, not the run
+            for optimizer in self._optimizers:
+                optimizer.step()
+        self.step += 1
+        self._update_ema()
+        return {"loss": loss.detach(), **shown}
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        decay = min(self.schedule.ema_decay, (1 + self.step) / (10 + self.step))
+        average: list[Tensor] = list(self.ema.parameters())
+        current: list[Tensor] = list(self.model.parameters())
+        torch._foreach_lerp_(average, current, 1 - decay)
+
+    def _checkpoint(self, log: Log) -> None:
+        self.ema.eval()
+        for result in self.evaluate():
+            log({"step": self.step, "minutes": self.trained_s / 60, "evaluation": result})
+        state = {
+            "config": self._identity,
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+            "step": self.step,
+            "trained_s": self.trained_s,
+        }
+        partial = self.out_dir / (CHECKPOINT + ".partial")
+        torch.save(state, partial)
+        partial.replace(self.out_dir / CHECKPOINT)
+
+    def _load(self, path: Path) -> None:
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        if state["config"] != self._identity:
+            raise ValueError(f"{path} holds a model of another shape; choose another output folder")
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        for optimizer, optimizer_state in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer_state)
+        self.step, self.trained_s = state["step"], state["trained_s"]
+
+
+def _make_optimizers(groups: list[dict[str, Any]], schedule: Schedule) -> list[torch.optim.Optimizer]:
+    """AdamW, and for groups with ``muon`` Muon (Jordan et al. 2024), its updates as large as AdamW's."""
+    muon = [g for g in groups if g.get("muon")]
+    rest = [g for g in groups if not g.get("muon")]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            rest,
+            lr=schedule.learning_rate,
+            betas=(0.9, schedule.adam_beta2),
+            weight_decay=schedule.weight_decay,
+            foreach=True,
+        )
+    ]
+    if muon:
+        optimizers.append(
+            torch.optim.Muon(
+                muon, lr=schedule.learning_rate, weight_decay=schedule.weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+        )
+    return optimizers
+
+
+def transformer_groups(named: Iterable[tuple[str, nn.Parameter]], factor: float = 1.0) -> list[dict[str, Any]]:
+    """Groups for a transformer: the matrices of its blocks ("blocks" or "layers" in their names) for Muon, the rest."""
+    trained = [(name, p) for name, p in named if p.requires_grad]
+    hidden = {name for name, p in trained if p.ndim == 2 and ("blocks." in name or "layers." in name)}
+    return [
+        {"params": [p for name, p in trained if name in hidden], "factor": factor, "muon": True},
+        {"params": [p for name, p in trained if name not in hidden], "factor": factor},
+    ]
+
+
+def _learning_rate(schedule: Schedule, step: int, progress: float) -> float:
+    warmup = min(1.0, (step + 1) / max(1, schedule.warmup_steps))
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return schedule.learning_rate * warmup * (schedule.final_lr_fraction + (1 - schedule.final_lr_fraction) * cosine)
+
+
+def _supports_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return "avx512_bf16" in _cpu_flags() or "amx_bf16" in _cpu_flags()
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split()) for line in lines if line.startswith("flags")), set())

@@ -1,0 +1,188 @@
+"""`cotam train vlm`: a small LLaVA of transformers learns to answer SceneQA's questions.
+
+All questions about an image share its visual tokens: they lie behind one another in one sequence, and the attention
+mask keeps each from seeing the others.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import VisionTransformer
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
+
+from cotam.mllm.tiny import half_precision, make_llava, make_processor, num_image_tokens
+from cotam.sceneqa.questions import scene_questions
+from cotam.sceneqa.tokenizer import ASSISTANT, BOS, EOS, IMAGE, PAD, SPECIAL_TOKENS, USER, build_tokenizer
+from cotam.tasks.questions import Question
+from cotam.train.clip import MEAN, STD, to_float
+from cotam.train.config import VlmTrainConfig
+from cotam.train.scenes import Example, scene_batches, stack_images, test_examples
+from cotam.train.trainer import Trainer, transformer_groups
+
+_EVAL_BATCH = 32
+
+
+class VlmBatch(NamedTuple):
+    """Images with all their questions, T tokens a row.
+
+    Attributes:
+        images: uint8 (B, 3, S, S).
+        ids: int64 (B, T): visual tokens, then the questions with their answers.
+        owners: int64 (B, T): 0 for what all share, the number of the question from 1, -1 for padding.
+        answered: bool (B, T): tokens of answers, which are what is learned.
+        questions: of every image, in order.
+    """
+
+    images: Tensor
+    ids: Tensor
+    owners: Tensor
+    answered: Tensor
+    questions: list[list[Question]]
+
+
+class AnswerModel(nn.Module):
+    """A LLaVA on packed questions: logits for the tokens of answers."""
+
+    def __init__(self, llava: LlavaForConditionalGeneration) -> None:
+        super().__init__()
+        self.llava = llava
+
+    def forward(self, images: Tensor, ids: Tensor, owners: Tensor, answered: Tensor) -> Tensor:
+        """float images, ids, owners, answered as in ``VlmBatch`` -> logits (number of answered, vocabulary)."""
+        model = self.llava.model
+        features = torch.stack(list(model.get_image_features(images).pooler_output))
+        embeddings = model.get_input_embeddings()(ids)
+        first = 2  # after <s><user>
+        last = first + features.shape[1]
+        embeddings = torch.cat([embeddings[:, :first], features.to(embeddings.dtype), embeddings[:, last:]], dim=1)
+        positions, mask = positions_and_mask(owners)
+        hidden = model.language_model(
+            inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
+        return self.llava.lm_head(hidden[:, :-1][answered[:, 1:]])
+
+
+def positions_and_mask(owners: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each token stands, (B, T), if its question were alone; what it may attend to, bool (B, 1, T, T)."""
+    num_tokens = owners.shape[1]
+    index = torch.arange(num_tokens, device=owners.device)
+    shared = (owners == 0).sum(1, keepdim=True)
+    begins = torch.cat([torch.ones_like(owners[:, :1], dtype=torch.bool), owners[:, 1:] != owners[:, :-1]], dim=1)
+    begin = torch.where(begins, index, 0).cummax(1).values
+    positions = torch.where(owners == 0, index, shared + index - begin)
+    keys, queries = owners[:, None, :], owners[:, :, None]
+    causal = index[None, None] <= index[None, :, None]
+    return positions, (causal & ((keys == 0) | (keys == queries)))[:, None]
+
+
+class VlmTrainer(Trainer[AnswerModel, VlmBatch]):
+    """One training run of a LLaVA around ``visual``. Other arguments as of ``Trainer``."""
+
+    def __init__(self, config: VlmTrainConfig, out_dir: Path, visual: VisionTransformer, device: str = "cpu") -> None:
+        torch.manual_seed(config.seed)
+        self.config = config
+        llava = make_llava(visual, config.hidden, config.layers, config.heads, config.intermediate)
+        llava.model.vision_tower.requires_grad_(config.tower_lr_factor > 0)
+        self.image_px = llava.config.vision_config.image_size
+        super().__init__(AnswerModel(llava), config, out_dir, device, llava.config.to_dict())
+        self._collate = partial(
+            collate, tokenizer=build_tokenizer(), num_visual=num_image_tokens(llava), draws=config.draws
+        )
+
+    def batches(self) -> Iterator[VlmBatch]:
+        """Rendered scenes with their questions."""
+        config = self.config
+        first = self.step * self.num_ranks + self.rank
+        return scene_batches(config.data, self.image_px, self._collate, config.batch_size, first, self.num_ranks)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The tower, which knows something already, learns slower."""
+        named = list(self.model.named_parameters())
+        tower = [(name, p) for name, p in named if ".vision_tower." in name]
+        rest = [(name, p) for name, p in named if ".vision_tower." not in name]
+        groups = [*transformer_groups(rest), *transformer_groups(tower, self.config.tower_lr_factor)]
+        return [group for group in groups if group["params"]]
+
+    def losses(self, batch: VlmBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy of the answers' tokens; every question weighs the same."""
+        logits, targets = self._logits(batch, self.forward)
+        losses = F.cross_entropy(logits.float(), targets, reduction="none")
+        with torch.no_grad():
+            shown = {"accuracy_by_token": (logits.argmax(1) == targets).float().mean()}
+        return losses.mean(), shown
+
+    @torch.no_grad()
+    def evaluate(self) -> list[dict[str, Any]]:
+        """Exact match of greedy answers on test scenes, by type and over all."""
+        examples = test_examples(self.config.data, self.image_px)
+        results: dict[str, list[bool]] = defaultdict(list)
+        for k in range(0, len(examples), _EVAL_BATCH):
+            batch = self._collate(examples[k : k + _EVAL_BATCH], draws=1)
+            logits, targets = self._logits(batch, self.ema)
+            right = (logits.argmax(1) == targets).cpu()
+            rows, columns = batch.answered.nonzero(as_tuple=True)
+            owners = batch.owners[rows, columns]
+            for row, questions in enumerate(batch.questions):
+                for number, question in enumerate(questions, 1):
+                    # All tokens right given the right ones before: then greedy decoding finds them.
+                    results[question.type].append(bool(right[(rows == row) & (owners == number)].all()))
+        everything = [r for values in results.values() for r in values]
+        by_type = {name: round(sum(values) / len(values), 4) for name, values in sorted(results.items())}
+        return [{"exact_match": sum(everything) / max(1, len(everything)), **by_type}]
+
+    def _logits(self, batch: VlmBatch, model: Any) -> tuple[Tensor, Tensor]:
+        images = to_float(batch.images.to(self.device))
+        ids, owners, answered = (t.to(self.device) for t in (batch.ids, batch.owners, batch.answered))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            logits = model(images, ids, owners, answered)
+        return logits, ids[:, 1:][answered[:, 1:]]
+
+
+def export_vlm(llava: LlavaForConditionalGeneration, folder: Path) -> Path:
+    """Write ``llava`` in float16 with its processor as a folder for transformers. Returns the weights' path."""
+    vision = llava.config.vision_config
+    llava.config.dtype = torch.float16
+    llava.save_pretrained(folder, state_dict=half_precision(llava.state_dict()), safe_serialization=True)
+    make_processor(vision.image_size, vision.patch_size, MEAN, STD).save_pretrained(folder)
+    return folder / "model.safetensors"
+
+
+def collate(examples: Sequence[Example], tokenizer: Tokenizer, num_visual: int, draws: int) -> VlmBatch:
+    """Pack the questions of every example behind its visual tokens."""
+    special = {token: k for k, token in enumerate(SPECIAL_TOKENS)}
+    asked = [_questions(example, draws) for example in examples]
+    rows = []
+    for questions in asked:
+        ids = [special[BOS], special[USER], *[special[IMAGE]] * num_visual]
+        owners, answered = [0] * len(ids), [False] * len(ids)
+        for number, question in enumerate(questions, 1):
+            text = [*tokenizer.encode(question.question, add_special_tokens=False).ids, special[ASSISTANT]]
+            answer = [*tokenizer.encode(question.answers[0], add_special_tokens=False).ids, special[EOS]]
+            ids += text + answer
+            owners += [number] * len(text + answer)
+            answered += [False] * len(text) + [True] * len(answer)
+        rows.append((ids, owners, answered))
+    length = max(len(ids) for ids, _, _ in rows)
+
+    def padded(column: int, value: int) -> Tensor:
+        return torch.tensor([row[column] + [value] * (length - len(row[column])) for row in rows])
+
+    images = stack_images(examples)
+    return VlmBatch(images, padded(0, special[PAD]), padded(1, -1), padded(2, 0).bool(), asked)
+
+
+def _questions(example: Example, draws: int) -> list[Question]:
+    by_text: dict[str, Question] = {}
+    for draw in range(draws):
+        for question in scene_questions(example.scene, with_kind=example.with_kind, draw=draw):
+            by_text.setdefault(question.question, question)
+    return list(by_text.values())
