@@ -243,6 +243,11 @@ class Codec:
         keys = [(*i.y_fixed.shape[2:], isinstance(i.quality_index, int)) for i in images]
         return _in_groups(keys, self._group_size, lambda at: self._reconstruct_group([images[i] for i in at]))
 
+    @torch.inference_mode()
+    def latents(self, images: Sequence[DecompressedImage]) -> list[Tensor]:
+        """``y_hat`` of each image on this codec's device, float32 (M, h, w): what an adapter takes."""
+        return [self.model.y_hat(i.y_fixed[None], self._q([i.quality_index]))[0] for i in images]
+
     def _group_size(self, height: int, width: int, *_: object) -> int:
         """How many latents of one size make a batch."""
         # On a CPU, batching gains nothing, and one image at a time computes the same sums whatever the batch.

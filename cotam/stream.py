@@ -16,8 +16,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
+from torch import Tensor
+
 from cotam.bitstream import BitstreamError
-from cotam.codec import Codec, CompressedImage
+from cotam.codec import Codec, CompressedImage, DecompressedImage
 from cotam.image import ImageError, RGBImage, decode_image
 from cotam.importance import DEFAULT_STRENGTH
 from cotam.importance.source import ImportanceMap, ImportanceSource
@@ -53,10 +55,11 @@ class _Compressed(NamedTuple):
 
 
 class DecodedRow(NamedTuple):
-    """A row with the image that its bitstream decodes to, uint8 (H, W, 3)."""
+    """A row with the image that its bitstream decodes to, uint8 (H, W, 3), and, if asked for, y_hat (M, h, w)."""
 
     row: Row
     pixels: RGBImage
+    y_hat: Tensor | None = None
 
 
 def encode_stream(
@@ -91,11 +94,13 @@ def encode_stream(
         yield from ordered_map(coders, lambda c: _pack(c, codec, keep_map), compressed, 2 * num_threads)
 
 
-def decode_stream(rows: Iterable[Row], codec: Codec, num_threads: int = 2) -> Iterator[DecodedRow | Reject]:
+def decode_stream(
+    rows: Iterable[Row], codec: Codec, num_threads: int = 2, with_latents: bool = False
+) -> Iterator[DecodedRow | Reject]:
     """Decode rows: one image or one reject for each, in order. Arguments and errors as ``encode_stream``."""
     with ThreadPoolExecutor(num_threads, thread_name_prefix="cotam-rans") as coders:
         batches = _batches(prefetch(rows, 2 * _BATCH_IMAGES), lambda r: r.width * r.height)
-        decoded = (item for batch in batches for item in _decode_rows(batch, codec, coders))
+        decoded = (item for batch in batches for item in _decode_rows(batch, codec, coders, with_latents))
         yield from prefetch(decoded, num_threads)
 
 
@@ -232,25 +237,32 @@ def _pack(item: _Compressed | Reject, codec: Codec, keep_map: bool) -> Row | Rej
 
 
 def _decode_rows(
-    batch: list[Row | Reject], codec: Codec, executor: ThreadPoolExecutor
+    batch: list[Row | Reject], codec: Codec, executor: ThreadPoolExecutor, with_latents: bool
 ) -> Iterator[DecodedRow | Reject]:
     rows = [item for item in batch if isinstance(item, Row)]
     try:
-        images: Iterable[RGBImage | BitstreamError] = codec.decode_batch([r.bitstream for r in rows], executor)
+        decompressed: list[DecompressedImage | BitstreamError] = [
+            *codec.decompress([r.bitstream for r in rows], executor)
+        ]
     except BitstreamError:
-        images = (_decode_one(r, codec) for r in rows)  # find the bad one, keep the others
-    for row, image in zip(rows, images, strict=True):
-        if isinstance(image, BitstreamError):
-            yield Reject(key=row.key, source=row.source, stage="decode", error=str(image), image=row.bitstream)
-        elif image.shape[:2] != (row.height, row.width):
+        decompressed = [_decompress_one(r, codec) for r in rows]  # find the bad one, keep the others
+    good = [d for d in decompressed if isinstance(d, DecompressedImage)]
+    images = iter(codec.reconstruct(good))
+    latents = iter(codec.latents(good) if with_latents else [None] * len(good))
+    for row, item in zip(rows, decompressed, strict=True):
+        if isinstance(item, BitstreamError):
+            yield Reject(key=row.key, source=row.source, stage="decode", error=str(item), image=row.bitstream)
+            continue
+        image, y_hat = next(images), next(latents)
+        if image.shape[:2] != (row.height, row.width):
             error = f"bitstream is {image.shape[1]}x{image.shape[0]}, its row says {row.width}x{row.height}"
             yield Reject(key=row.key, source=row.source, stage="decode", error=error, image=row.bitstream)
         else:
-            yield DecodedRow(row, image)
+            yield DecodedRow(row, image, y_hat)
 
 
-def _decode_one(row: Row, codec: Codec) -> RGBImage | BitstreamError:
+def _decompress_one(row: Row, codec: Codec) -> DecompressedImage | BitstreamError:
     try:
-        return codec.decode(row.bitstream)
+        return codec.decompress([row.bitstream])[0]
     except BitstreamError as error:
         return error

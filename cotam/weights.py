@@ -108,7 +108,7 @@ def dump_codec(model: CodecModel) -> bytes:
     arrays.update({"tables.cdf": tables.cdf, "tables.start": tables.start, "tables.radius": tables.radius})
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     metadata = {"format": FORMAT, "config": json.dumps(dataclasses.asdict(model.config), sort_keys=True)}
-    return _with_sorted_header(save_safetensors(arrays, metadata))
+    return with_sorted_header(save_safetensors(arrays, metadata))
 
 
 def parse_codec(data: bytes, where: str) -> LoadedCodec:
@@ -123,8 +123,7 @@ def parse_codec(data: bytes, where: str) -> LoadedCodec:
     """
     try:
         arrays = load_safetensors(data)
-        header_bytes = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + header_bytes]).get("__metadata__", {})
+        metadata = file_metadata(data)
     except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f"{where} is not a safetensors file: {error}") from None
     if metadata.get("format") != FORMAT:
@@ -141,7 +140,14 @@ def parse_codec(data: bytes, where: str) -> LoadedCodec:
     return LoadedCodec(model, tables, hashlib.sha256(data).hexdigest())
 
 
-def _with_sorted_header(data: bytes) -> bytes:
+def file_metadata(data: bytes) -> dict[str, str]:
+    """The metadata of the bytes of a safetensors file. Raises ValueError where there is no header."""
+    header_bytes = int.from_bytes(data[:8], "little")
+    metadata: dict[str, str] = json.loads(data[8 : 8 + header_bytes]).get("__metadata__", {})
+    return metadata
+
+
+def with_sorted_header(data: bytes) -> bytes:
     """The same file with its header sorted: safetensors writes metadata in random order, but bytes are identity."""
     header_bytes = int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8 : 8 + header_bytes]), sort_keys=True, separators=(",", ":")).encode()

@@ -12,6 +12,7 @@ from jobs.console import EXIT_ERROR, EXIT_INCOMPLETE, EXIT_OK, EXIT_USAGE, Incom
 from jobs.decode import decode
 from jobs.demo import demo
 from jobs.encode import encode
+from jobs.infer import infer
 from jobs.inspect import inspect
 from jobs.sceneqa import sceneqa
 from jobs.status import status
@@ -28,7 +29,7 @@ app = typer.Typer(
 )
 _USAGE_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, FileExistsError)
 
-for command in (encode, decode, status, verify, inspect, sceneqa, demo):
+for command in (encode, decode, infer, status, verify, inspect, sceneqa, demo):
     app.command()(command)
 app.add_typer(train_app, name="train")
 

@@ -13,3 +13,10 @@ CpusPerWorker = Annotated[float, typer.Option(help="CPUs (and threads) of each w
 GpusPerWorker = Annotated[float, typer.Option(help="GPUs of each worker, fractions allowed; 0 runs on CPUs.", min=0)]
 RayAddress = Annotated[str | None, typer.Option(help="Ray cluster to use; starts one on this machine by default.")]
 Store = Annotated[str, typer.Argument(help="Output of `cotam encode`.", metavar="DST")]
+Mllm = Annotated[
+    str,
+    typer.Option(help="A packaged name, a folder, hf:NAME (transformers), vllm:NAME, or an OpenAI-compatible URL."),
+]
+Input = Annotated[str, typer.Option("--input", help="pixels, or tokens: the adapter's visual tokens are added.")]
+Adapter = Annotated[str, typer.Option(help="Adapter of --input tokens: packaged name, path or URI.")]
+Prompt = Annotated[str, typer.Option(help="What is asked, with {question} in it.")]

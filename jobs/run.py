@@ -19,8 +19,9 @@ def run_job(
     ray_address: str | None,
     as_json: bool,
     max_reject_rate: float = 1.0,
+    quiet: bool = False,
 ) -> JobSummary:
-    """Run the job and print its summary. The store has to be locked.
+    """Run the job and print its summary, as JSON or for people, or not if ``quiet``. The store has to be locked.
 
     Raises:
         Incomplete: failed partitions, or more rejects than allowed.
@@ -30,9 +31,11 @@ def run_job(
     num_pending = sum(p.partition_id not in done for p in partitions)
     if num_pending:
         init_ray(ray_address)
-    with partition_progress(num_pending, "partitions", quiet=as_json or not num_pending) as update:
+    with partition_progress(num_pending, "partitions", quiet=as_json or quiet or not num_pending) as update:
         summary = run_partitions(make_task, partitions, store, resources, update)
-    if as_json:
+    if quiet:
+        pass
+    elif as_json:
         print_json({**dataclasses.asdict(summary), "bpp": summary.bpp})
     else:
         _print_summary(summary, store.root.uri)

@@ -30,13 +30,12 @@ class Counter:
         self._started = self._last = time.monotonic()
 
     def row(self, row: Row) -> None:
-        """Count an image that made it."""
-        self._add(
-            images=1,
-            num_pixels=row.width * row.height,
-            source_num_bytes=row.source_num_bytes,
-            bitstream_num_bytes=len(row.bitstream),
-        )
+        """Count an encoded image that made it."""
+        self.image(row.width * row.height, row.source_num_bytes, len(row.bitstream))
+
+    def image(self, num_pixels: int, source_num_bytes: int, num_bytes: int) -> None:
+        """Count an image that made it, of which ``num_bytes`` are stored."""
+        self._add(images=1, num_pixels=num_pixels, source_num_bytes=source_num_bytes, bitstream_num_bytes=num_bytes)
 
     def reject(self) -> None:
         """Count an image that did not."""

@@ -102,7 +102,7 @@ class AttentionTower(nn.Module):
 
     @classmethod
     def load(cls, name: str, layer: int) -> AttentionTower:
-        """The image tower of ``load_clip(name)``. Raises ValueError as that does, or for a layer that it does not have."""
+        """The image tower of ``load_clip(name)``. Raises ValueError as that does, or for an unknown layer."""
         loaded = load_clip(name)
         return cls(loaded.model.visual, layer, loaded.mean, loaded.std)
 

@@ -76,7 +76,7 @@ def make_llava(
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=ids[IMAGE],
+        image_token_index=ids[IMAGE],
         image_seq_length=visual.grid_size[0] * visual.grid_size[1],
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
@@ -144,7 +144,7 @@ def make_processor(image_px: int, patch_px: int, mean: tuple[float, ...], std: t
 
 def num_image_tokens(model: LlavaForConditionalGeneration) -> int:
     """Visual tokens an image."""
-    vision = model.config.vision_config
+    vision: Any = model.config.vision_config
     return (vision.image_size // vision.patch_size) ** 2
 
 

@@ -247,12 +247,17 @@ class CodecModel(nn.Module):
         """Images, uint8 (B, 3, 16 h, 16 w), from ``y_fixed`` (B, 2, M/2, h, w), both halves; in tiles if large."""
 
         def stage(tile: Tile) -> tuple[Tensor]:
-            first, second = tile.cut(y_fixed).unbind(1)
-            y_hat = (merge_halves(first, second) / MEAN_STEPS).contiguous(memory_format=torch.channels_last)
-            x_hat: Tensor = self.g_s(y_hat * self.gains(tile.cut(q))[1]).float()
+            x_hat: Tensor = self.g_s(self.y_hat(tile.cut(y_fixed), tile.cut(q))).float()
             return (x_hat.mul_(255).round_().clamp_(0, 255).to(torch.uint8),)
 
         return map_tiles(stage, y_fixed.shape[3], y_fixed.shape[4], self.halo, up=LATENT_STRIDE)[0]
+
+    def y_hat(self, y_fixed: Tensor, q: Tensor) -> Tensor:
+        """What the synthesis takes, float32 (B, M, h, w), from ``y_fixed`` (B, 2, M/2, h, w)."""
+        first, second = y_fixed.unbind(1)
+        scaled = (merge_halves(first, second) / MEAN_STEPS).contiguous(memory_format=torch.channels_last)
+        y_hat: Tensor = scaled * self.gains(q)[1]
+        return y_hat
 
     @staticmethod
     def y_fixed(symbols: Tensor, params: GaussianParams) -> Tensor:

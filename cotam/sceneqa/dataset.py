@@ -10,12 +10,12 @@ from pathlib import Path
 import webdataset as wds
 
 from cotam.image import RGBImage, decode_image, encode_image
-from cotam.sceneqa.questions import LEVELS, caption, scene_questions
+from cotam.sceneqa.questions import caption, scene_questions
 from cotam.sceneqa.render import render
 from cotam.sceneqa.scene import sample_scene
 from cotam.store.readers import IMAGE_EXTENSIONS
 
-SCENES_PER_TAR = 500
+SCENES_PER_TAR = 100
 
 
 def write_dataset(
@@ -28,8 +28,8 @@ def write_dataset(
 ) -> None:
     """Write scenes 0 to ``num_scenes`` of a split to ``out``/{split}-000000.tar ... and ``out``/{split}.jsonl.
 
-    Samples are .png, .txt (the caption) and .json (the scene). The rows of the .jsonl file are questions with their
-    type and level.
+    Samples are .png, .txt (the caption), .json (the scene) and .questions.json. The rows of the .jsonl file are the
+    same questions.
 
     Args:
         out: local folder.
@@ -55,17 +55,17 @@ def write_dataset(
         for index in range(num_scenes):
             scene = sample_scene(split, index)
             photograph = _background(backgrounds, index)
+            questions = [dataclasses.asdict(q) for q in scene_questions(scene, with_kind=photograph is None)]
             tars.write(
                 {
                     "__key__": scene.key,
                     "png": encode_image(render(scene, side_px, photograph)),
                     "txt": caption(scene, with_kind=photograph is None),
                     "json": json.dumps(dataclasses.asdict(scene), sort_keys=True),
+                    "questions.json": json.dumps(questions),
                 }
             )
-            for question in scene_questions(scene, with_kind=photograph is None):
-                row = {**dataclasses.asdict(question), "level": LEVELS[question.type]}
-                file.write(json.dumps(row) + "\n")
+            file.writelines(json.dumps(question) + "\n" for question in questions)
             progress(index + 1)
 
 

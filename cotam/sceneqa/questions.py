@@ -57,7 +57,7 @@ def scene_questions(scene: Scene, with_kind: bool = True, draw: int = 0) -> list
         a, b = rng.choice(differing)
         larger = a if a.size == "large" else b
         asked.append(("larger", f"Which is larger, the {a.name} or the {b.name}?", larger.name))
-    return [Question(key=scene.key, question=q, answers=(a,), type=t) for t, q, a in asked]
+    return [Question(key=scene.key, question=q, answers=(a,), type=t, level=LEVELS[t]) for t, q, a in asked]
 
 
 def caption(scene: Scene, with_kind: bool = True) -> str:

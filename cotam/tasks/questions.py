@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 
 from cotam.store.fs import split_uri
 
+SCENEQA_MEMBER = "member:questions.json"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
@@ -21,18 +23,43 @@ class Question:
         question: the text.
         answers: all that count as right; one an annotator where there are several.
         type: what kind of question it is; results are also given by type. May be empty.
+        level: "low", "high" or "cross" (arXiv 2509.24258); results are also given by level. May be empty.
     """
 
     key: str
     question: str
     answers: tuple[str, ...]
     type: str = ""
+    level: str = ""
+
+
+class QuestionSource:
+    """The questions about an image: from a question file, or from a member of the sample.
+
+    Args:
+        task: a .jsonl or .parquet file, "member:NAME", or "sceneqa", whose samples bring theirs as a member.
+
+    Raises:
+        ValueError, OSError: as ``read_questions``.
+    """
+
+    def __init__(self, task: str) -> None:
+        task = SCENEQA_MEMBER if task == "sceneqa" else task
+        self._member = task.removeprefix("member:") if task.startswith("member:") else None
+        self._by_key = read_questions(task) if self._member is None else {}
+
+    def __call__(self, key: str, members: Mapping[str, Any]) -> list[Question]:
+        """Of the image ``key``; none where nobody asks. Raises ValueError where the member is no list of questions."""
+        if self._member is None:
+            return self._by_key.get(key, [])
+        value = members.get(self._member)
+        return [] if value is None else questions_of_member(key, value)
 
 
 def read_questions(uri: str) -> dict[str, list[Question]]:
     """The questions of a JSONL or Parquet file by image key, in the order of the file.
 
-    Columns: key, question, answers (a list, or one string), and type if there is one.
+    Columns: key, question, answers (a list, or one string), and type and level if there are any.
 
     Raises:
         ValueError: another kind of file, or a row at fault, named by its number from 1.
@@ -45,7 +72,7 @@ def read_questions(uri: str) -> dict[str, list[Question]]:
     with fs.open(path, "rb") as file:
         if path.endswith(".parquet"):
             parquet = pq.ParquetFile(file)
-            columns = [c for c in ("key", "question", "answers", "type") if c in parquet.schema_arrow.names]
+            columns = [c for c in ("key", "question", "answers", "type", "level") if c in parquet.schema_arrow.names]
             rows: Iterable[Any] = parquet.read(columns).to_pylist()
         else:
             rows = (line for line in file if line.strip())
@@ -83,7 +110,8 @@ def _question(row: Mapping[str, Any]) -> Question:
     for name in ("key", "question"):
         if not isinstance(row[name], str):
             raise ValueError(f"{name} must be a string")
-    return Question(key=row["key"], question=row["question"], answers=answers, type=str(row.get("type") or ""))
+    kind, level = (str(row.get(name) or "") for name in ("type", "level"))
+    return Question(key=row["key"], question=row["question"], answers=answers, type=kind, level=level)
 
 
 def _reason(error: Exception) -> str:

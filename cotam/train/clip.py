@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from open_clip.model import CLIP
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from cotam.sceneqa.labels import COLUMNS_PER_PATCH, NUM_CHARACTER_CLASSES, NUM_C
 from cotam.sceneqa.questions import caption
 from cotam.sceneqa.tokenizer import BOS, EOS, PAD, SPECIAL_TOKENS, build_tokenizer
 from cotam.train.config import ClipTrainConfig
-from cotam.train.scenes import Example, scene_batches, stack_images, test_examples
+from cotam.train.scenes import Example, scene_batches, stack_images, held_out_examples
 from cotam.train.trainer import Trainer, transformer_groups
 
 CONTEXT_LENGTH = 64
@@ -142,7 +142,7 @@ class ClipTrainer(Trainer[DenseClip, ClipBatch]):
     def evaluate(self) -> list[dict[str, Any]]:
         """Retrieval of captions among 64 test scenes, and accuracy by patch where there is something."""
         size = 64
-        examples = test_examples(self.config.data, self.config.image_px)
+        examples = held_out_examples(self.config.data, self.config.image_px)
         right = dict.fromkeys(PatchLabels._fields, 0)
         present = dict.fromkeys(PatchLabels._fields, 0)
         found = total = 0

@@ -36,7 +36,7 @@ class CodecTrainer(Trainer[CodecModel, Tensor]):
     ) -> None:
         torch.manual_seed(config.seed)
         self.config, self._needs_klt = config, init is None
-        model = (init if init is not None else CodecModel(config.model)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = (init if init is not None else CodecModel(config.model)).to(memory_format=torch.channels_last)
         super().__init__(model, config, out_dir, device, dataclasses.asdict(config.model))
         self.lmbdas = interpolated_lmbdas(config.model).to(self.device)
         self._maps = torch.Generator().manual_seed(self.seed)

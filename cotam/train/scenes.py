@@ -81,7 +81,7 @@ def scene_batches(
     return iter(loader)
 
 
-def test_examples(data: SceneConfig, side_px: int) -> list[Example]:
+def held_out_examples(data: SceneConfig, side_px: int) -> list[Example]:
     """The first ``num_eval_scenes`` of the test split, all on their own backgrounds."""
     return [make_example("test", k, side_px, []) for k in range(data.num_eval_scenes)]
 
@@ -103,9 +103,8 @@ def load_photographs(urls: Sequence[str], side_px: int) -> list[RGBImage]:
     if not urls:
         return []
     images = []
-    for sample in wds.WebDataset(expand_urls(urls), shardshuffle=False, nodesplitter=iter, workersplitter=iter).to_tuple(
-        IMAGE_MEMBERS
-    ):
+    dataset = wds.WebDataset(expand_urls(urls), shardshuffle=False, nodesplitter=iter, workersplitter=iter)
+    for sample in dataset.to_tuple(IMAGE_MEMBERS):
         image = decode_rgb(sample[0])
         if image is not None:
             images.append(np.asarray(ImageOps.fit(Image.fromarray(image), (side_px, side_px))))

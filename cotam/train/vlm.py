@@ -25,7 +25,7 @@ from cotam.sceneqa.tokenizer import ASSISTANT, BOS, EOS, IMAGE, PAD, SPECIAL_TOK
 from cotam.tasks.questions import Question
 from cotam.train.clip import MEAN, STD, to_float
 from cotam.train.config import VlmTrainConfig
-from cotam.train.scenes import Example, scene_batches, stack_images, test_examples
+from cotam.train.scenes import Example, scene_batches, stack_images, held_out_examples
 from cotam.train.trainer import Trainer, transformer_groups
 
 _EVAL_BATCH = 32
@@ -92,7 +92,8 @@ class VlmTrainer(Trainer[AnswerModel, VlmBatch]):
         self.config = config
         llava = make_llava(visual, config.hidden, config.layers, config.heads, config.intermediate)
         llava.model.vision_tower.requires_grad_(config.tower_lr_factor > 0)
-        self.image_px = llava.config.vision_config.image_size
+        vision: Any = llava.config.vision_config
+        self.image_px: int = vision.image_size
         super().__init__(AnswerModel(llava), config, out_dir, device, llava.config.to_dict())
         self._collate = partial(
             collate, tokenizer=build_tokenizer(), num_visual=num_image_tokens(llava), draws=config.draws
@@ -123,7 +124,7 @@ class VlmTrainer(Trainer[AnswerModel, VlmBatch]):
     @torch.no_grad()
     def evaluate(self) -> list[dict[str, Any]]:
         """Exact match of greedy answers on test scenes, by type and over all."""
-        examples = test_examples(self.config.data, self.image_px)
+        examples = held_out_examples(self.config.data, self.image_px)
         results: dict[str, list[bool]] = defaultdict(list)
         for k in range(0, len(examples), _EVAL_BATCH):
             batch = self._collate(examples[k : k + _EVAL_BATCH], draws=1)
@@ -149,7 +150,7 @@ class VlmTrainer(Trainer[AnswerModel, VlmBatch]):
 
 def export_vlm(llava: LlavaForConditionalGeneration, folder: Path) -> Path:
     """Write ``llava`` in float16 with its processor as a folder for transformers. Returns the weights' path."""
-    vision = llava.config.vision_config
+    vision: Any = llava.config.vision_config
     llava.config.dtype = torch.float16
     llava.save_pretrained(folder, state_dict=half_precision(llava.state_dict()), safe_serialization=True)
     make_processor(vision.image_size, vision.patch_size, MEAN, STD).save_pretrained(folder)

@@ -1,0 +1,86 @@
+"""The interface of an MLLM: images and questions in, answers out; and the choice of one by its name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from cotam.image import RGBImage
+
+DEFAULT_MLLM = "cotam-vlm-tiny"
+
+
+class Asked(NamedTuple):
+    """An image, uint8 (H, W, 3), with questions about it; ``y_hat`` (M, h, w) where visual tokens are wanted."""
+
+    image: RGBImage
+    questions: Sequence[str]
+    y_hat: Tensor | None = None
+
+
+class MllmError(Exception):
+    """One question that the MLLM did not answer; the message says why, in one line."""
+
+
+class Mllm(Protocol):
+    """An MLLM."""
+
+    def answer(self, asked: Sequence[Asked]) -> list[list[str | MllmError]]:
+        """Answers to the questions of each image, in order.
+
+        Raises:
+            OSError: the MLLM cannot be reached at all; worth another try.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MllmConfig:
+    """Which MLLM, and how it is asked.
+
+    Attributes:
+        name: a packaged name; a folder; hf:NAME (transformers); vllm:NAME; or the URL of an OpenAI-compatible endpoint.
+        served_model: the model's name at that endpoint.
+        prompt: what is asked, {question} in it.
+        max_new_tokens: length of an answer.
+        batch_size: images at a time, and requests under way at an endpoint.
+        adapter: name, path or URI; where it is given, visual tokens are added to the tower's.
+    """
+
+    name: str = DEFAULT_MLLM
+    served_model: str = ""
+    prompt: str = "{question}"
+    max_new_tokens: int = 16
+    batch_size: int = 8
+    adapter: str = ""
+
+    def __post_init__(self) -> None:
+        if "{question}" not in self.prompt:
+            raise ValueError("the prompt has no {question} in it")
+
+
+def load_mllm(config: MllmConfig, device: str = "cpu", codec_sha256: str = "") -> Mllm:
+    """The MLLM of ``config``; ``codec_sha256`` is of the codec whose latents come, for an adapter.
+
+    Raises:
+        ValueError: unknown, not installed, or without a token path though an adapter was given.
+        FileNotFoundError: no such folder.
+    """
+    name = config.name
+    is_served = name.startswith(("http://", "https://"))
+    if config.adapter and (is_served or name.startswith("vllm:")):
+        raise ValueError("visual tokens need an MLLM in process, by transformers; use --input pixels")
+    if is_served:
+        from cotam.mllm.served import ServedMllm
+
+        return ServedMllm(config)
+    if name.startswith("vllm:"):
+        from cotam.mllm.vllm import VllmMllm
+
+        return VllmMllm(config)
+    from cotam.mllm.transformers import load_transformers
+
+    return load_transformers(config, device, codec_sha256)

@@ -1,0 +1,143 @@
+"""MLLMs of transformers in process: any AutoModelForImageTextToText, and LLaVA with visual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
+from transformers.utils import logging
+
+from cotam.adapter import Adapter, check_fit, first_layer, load_adapter
+from cotam.mllm.backend import Asked, Mllm, MllmConfig, MllmError
+from cotam.weights import model_folder
+
+_MAX_SEQUENCES = 64  # of one call of generate
+
+
+def load_transformers(config: MllmConfig, device: str, codec_sha256: str = "") -> Mllm:
+    """Load a packaged name, a folder, or hf:NAME; only safetensors. Errors as of ``load_mllm``."""
+    logging.disable_progress_bar()
+    is_hub = config.name.startswith("hf:")
+    place = config.name.removeprefix("hf:") if is_hub else str(model_folder(config.name))
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    try:
+        processor = AutoProcessor.from_pretrained(place, local_files_only=not is_hub)
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            place, local_files_only=not is_hub, use_safetensors=True, dtype=dtype
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"cannot load MLLM {config.name}: {str(error).splitlines()[0]}") from error
+    model = model.to(device).eval().requires_grad_(False)
+    if isinstance(model, LlavaForConditionalGeneration):
+        return LlavaMllm(config, model, processor, codec_sha256)
+    if config.adapter:
+        raise ValueError(f"{config.name} has no token path, which the LLaVA family has; use --input pixels")
+    return TransformersMllm(config, model, processor)
+
+
+class TransformersMllm:
+    """Any image-text-to-text model, greedy.
+
+    Args:
+        config: how it is asked.
+        model, processor: of transformers; the processor has a chat template.
+    """
+
+    def __init__(self, config: MllmConfig, model: Any, processor: Any) -> None:
+        self.config, self.model, self.processor = config, model, processor
+        self.processor.tokenizer.padding_side = "left"
+
+    def answer(self, asked: Sequence[Asked]) -> list[list[str | MllmError]]:
+        """Answers, all questions of some images in one batch."""
+        pairs = [(k, question) for k, item in enumerate(asked) for question in item.questions]
+        answers: list[list[str | MllmError]] = [[] for _ in asked]
+        for start in range(0, len(pairs), _MAX_SEQUENCES):
+            chunk = pairs[start : start + _MAX_SEQUENCES]
+            for (k, _), text in zip(chunk, self._generate(asked, chunk), strict=True):
+                answers[k].append(text.strip())
+        return answers
+
+    @torch.inference_mode()
+    def _generate(self, asked: Sequence[Asked], pairs: list[tuple[int, str]]) -> list[str]:
+        inputs = self._inputs(asked, pairs)
+        generated = self.model.generate(**inputs, max_new_tokens=self.config.max_new_tokens, do_sample=False)
+        new = generated[:, inputs["input_ids"].shape[1] :] if "input_ids" in inputs else generated
+        texts: list[str] = self.processor.batch_decode(new, skip_special_tokens=True)
+        return texts
+
+    def _inputs(self, asked: Sequence[Asked], pairs: list[tuple[int, str]]) -> dict[str, Tensor]:
+        images = [Image.fromarray(asked[k].image) for k, _ in pairs]
+        return self._processed(images, [question for _, question in pairs])
+
+    def _processed(self, images: list[Image.Image] | None, questions: list[str]) -> dict[str, Tensor]:
+        text = [self._prompt(question) for question in questions]
+        inputs = self.processor(images=images, text=text, padding=True, return_tensors="pt")
+        return dict(inputs.to(self.model.device, dtype=self.model.dtype))
+
+    def _prompt(self, question: str) -> str:
+        content = [{"type": "image"}, {"type": "text", "text": self.config.prompt.format(question=question)}]
+        prompt: str = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        return prompt
+
+
+class LlavaMllm(TransformersMllm):
+    """LLaVA: visual tokens are computed once an image, whatever the number of questions, and may get an adapter's."""
+
+    def __init__(self, config: MllmConfig, model: Any, processor: Any, codec_sha256: str = "") -> None:
+        super().__init__(config, model, processor)
+        self.tower = model.model.vision_tower
+        self.adapter: Adapter | None = None
+        if config.adapter:
+            self.adapter = load_adapter(config.adapter).model.to(model.device)
+            check_fit(self.adapter, codec_sha256, self.tower)
+
+    def _inputs(self, asked: Sequence[Asked], pairs: list[tuple[int, str]]) -> dict[str, Tensor]:
+        used = sorted({k for k, _ in pairs})
+        features = self._features([asked[k] for k in used])
+        num_tokens = features.shape[1]
+        text = [self._prompt(question).replace("<image>", "<image>" * num_tokens) for _, question in pairs]
+        tokens = self.processor.tokenizer(text, padding=True, return_tensors="pt", add_special_tokens=False)
+        ids = tokens["input_ids"].to(self.model.device)
+        embeddings = self.model.get_input_embeddings()(ids)
+        visual = features[[used.index(k) for k, _ in pairs]].to(embeddings.dtype)
+        is_visual = (ids == self.model.config.image_token_id)[:, :, None].expand_as(embeddings)
+        embeddings = embeddings.masked_scatter(is_visual, visual)
+        return {"inputs_embeds": embeddings, "attention_mask": tokens["attention_mask"].to(self.model.device)}
+
+    def _features(self, asked: Sequence[Asked]) -> Tensor:
+        """Visual tokens, (B, patches, hidden size of the language model)."""
+        images = [Image.fromarray(item.image) for item in asked]
+        pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        pixels = pixels.to(self.model.device, dtype=self.model.dtype)
+        if self.adapter is None:
+            return torch.stack(list(self.model.model.get_image_features(pixels).pooler_output))
+        patch = self.model.config.vision_config.patch_size
+        rows, columns = pixels.shape[2] // patch, pixels.shape[3] // patch
+        tokens = []
+        for item in asked:
+            if item.y_hat is None:
+                raise ValueError("visual tokens need bitstreams: SRC must be the output of `cotam encode`")
+            tokens.append(self.adapter(item.y_hat[None].to(self.model.device), rows, columns)[0])
+        with adding_tokens(self.tower, torch.stack(tokens)):
+            return torch.stack(list(self.model.model.get_image_features(pixels).pooler_output))
+
+
+@contextmanager
+def adding_tokens(tower: torch.nn.Module, tokens: Tensor) -> Iterator[None]:
+    """While in this context, a CLIP tower of transformers adds ``tokens`` (B, patches, width) to its patches' own."""
+
+    def add(module: torch.nn.Module, inputs: object, output: Tensor) -> Tensor:
+        return torch.cat([output[:, :1], output[:, 1:] + tokens.to(output.dtype)], dim=1)
+
+    handle = first_layer(tower).register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,118 @@
+"""Predictions: the rows that inference writes, and what they add up to."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cotam.store.fs import Root
+from cotam.tasks.scores import yes_no
+
+_Z95 = 1.959964  # of the normal distribution
+PREDICTION_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string()),
+        pa.field("source", pa.string()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("num_bytes", pa.int64()),
+        pa.field("bpp", pa.float32()),
+        pa.field("question", pa.string()),
+        pa.field("answers", pa.list_(pa.string())),
+        pa.field("type", pa.string()),
+        pa.field("level", pa.string()),
+        pa.field("prediction", pa.string()),
+        pa.field("error", pa.string()),
+        pa.field("score", pa.float32()),
+    ]
+)
+
+
+@dataclasses.dataclass
+class _Mean:
+    """A mean over questions, and how sure it is, when the questions of an image are no independent draws."""
+
+    num: int = 0
+    total: float = 0.0
+    _squares: float = 0.0
+    _products: float = 0.0
+    _counts: float = 0.0
+    _images: int = 0
+
+    def add_image(self, scores: list[float]) -> None:
+        total, num = sum(scores), len(scores)
+        self.num += num
+        self.total += total
+        self._squares += total * total
+        self._products += total * num
+        self._counts += num * num
+        self._images += 1
+
+    def result(self) -> dict[str, Any]:
+        """Mean and 95 % interval: the ratio estimator with images as clusters (Cochran 1977, chapter 6)."""
+        mean = self.total / self.num
+        spread = max(0.0, self._squares - 2 * mean * self._products + mean * mean * self._counts)
+        error = math.sqrt(spread * self._images / max(1, self._images - 1)) / self.num
+        return {
+            "score": mean,
+            "ci95": [max(0.0, mean - _Z95 * error), min(1.0, mean + _Z95 * error)],
+            "num_questions": self.num,
+        }
+
+
+def summarise(rows: Iterable[Mapping[str, Any]], metric: str) -> dict[str, Any]:
+    """Scores over all questions, by type and by level, and bits per pixel.
+
+    Args:
+        rows: of ``PREDICTION_SCHEMA``, those of an image in one run. A question without an answer scores 0.
+        metric: the name of the score.
+
+    Returns:
+        JSON-serialisable: num_images, num_questions, num_errors, bpp (all bytes over all pixels), metric, overall,
+        by_type, by_level (each with score, ci95, num_questions), and yes_no where all answers are yes or no.
+    """
+    overall = _Mean()
+    by_type: dict[str, _Mean] = {}
+    by_level: dict[str, _Mean] = {}
+    binary: list[tuple[str, str]] = []
+    num_images = num_errors = num_bytes = num_pixels = 0
+    for _, group in groupby(rows, key=lambda row: (row["source"], row["key"])):
+        asked = list(group)
+        num_images += 1
+        num_bytes += asked[0]["num_bytes"]
+        num_pixels += asked[0]["width"] * asked[0]["height"]
+        num_errors += sum(row["error"] is not None for row in asked)
+        overall.add_image([row["score"] for row in asked])
+        for means, name in ((by_type, "type"), (by_level, "level")):
+            for value in {row[name] for row in asked if row[name]}:
+                means.setdefault(value, _Mean()).add_image([r["score"] for r in asked if r[name] == value])
+        for row in asked:
+            if set(row["answers"]) in ({"yes"}, {"no"}):
+                binary.append((row["prediction"] or "", row["answers"][0]))
+    results: dict[str, Any] = {
+        "num_images": num_images,
+        "num_questions": overall.num,
+        "num_errors": num_errors,
+        "bpp": 8 * num_bytes / num_pixels if num_pixels else None,
+        "metric": metric,
+        "overall": overall.result() if overall.num else None,
+        "by_type": {name: mean.result() for name, mean in sorted(by_type.items())},
+        "by_level": {name: mean.result() for name, mean in sorted(by_level.items())},
+    }
+    if binary:
+        results["yes_no"] = yes_no(*zip(*binary, strict=True))._asdict()
+    return results
+
+
+def read_predictions(root: Root, paths: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The rows of prediction files, one after another."""
+    for path in paths:
+        with root.fs.open(root.join(path), "rb") as file, pq.ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches():
+                yield from batch.to_pylist()

@@ -1,0 +1,98 @@
+"""`cotam infer`: decode, ask an MLLM, and score its answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Annotated, Any
+
+import typer
+
+from cotam.tasks.scores import SCORES
+from jobs.options import Adapter, CpusPerWorker, GpusPerWorker, Input, Json, Mllm, NumWorkers, Prompt, RayAddress
+
+
+def infer(
+    src: Annotated[str, typer.Argument(help="Output of `cotam encode`, or images as they are (as SRC of encode).")],
+    dst: Annotated[str, typer.Argument(help="Folder or URI for predictions and metrics.json.")],
+    task: Annotated[
+        str, typer.Option(help="Questions: a .jsonl or .parquet file, member:NAME of the samples, or sceneqa.")
+    ] = "sceneqa",
+    mllm: Mllm = "cotam-vlm-tiny",
+    input_kind: Input = "pixels",
+    adapter: Adapter = "cotam-adapter-tiny",
+    metric: Annotated[str, typer.Option(help=f"Score of an answer: {', '.join(SCORES)}.")] = "exact_match",
+    prompt: Prompt = "{question}",
+    served_model: Annotated[str, typer.Option(help="The model's name at an endpoint.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(help="Length of an answer.", min=1)] = 16,
+    batch_size: Annotated[int, typer.Option(help="Images at a time; requests at a time at an endpoint.", min=1)] = 8,
+    image_column: Annotated[str | None, typer.Option(help="Image column of Parquet input.")] = None,
+    num_workers: NumWorkers = 0,
+    cpus_per_worker: CpusPerWorker = 1.0,
+    gpus_per_worker: GpusPerWorker = 0.0,
+    ray_address: RayAddress = None,
+    as_json: Json = False,
+) -> None:
+    """Ask an MLLM about decoded images; writes predictions as Parquet, and metrics.json."""
+    from cotam.mllm.backend import MllmConfig
+    from cotam.mllm.identity import check_mllm
+    from cotam.store.records import RunStore
+    from cotam.tasks.questions import QuestionSource
+    from cotam.tasks.results import read_predictions, summarise
+    from jobs.console import print_json
+    from jobs.run import run_job
+    from pipelines.decode import list_shards
+    from pipelines.infer import InferConfig, InferTask
+    from pipelines.runner import Resources
+    from pipelines.sources import list_partitions
+
+    if input_kind not in ("pixels", "tokens"):
+        raise typer.BadParameter(f"--input {input_kind} is neither pixels nor tokens")
+    asked = MllmConfig(
+        name=mllm, served_model=served_model, prompt=prompt, max_new_tokens=max_new_tokens, batch_size=batch_size,
+        adapter=adapter if input_kind == "tokens" else "",
+    )  # fmt: skip
+    QuestionSource(task)  # a bad file is better told now than by every worker
+    source = RunStore(src)
+    made_with: dict[str, Any] = {}
+    if source.root.exists("_cotam/manifest.json"):
+        partitions, made_with = list_shards(source), source.manifest()["config"]
+    else:
+        partitions = list_partitions(src, image_column)
+        if input_kind == "tokens":
+            raise typer.BadParameter("--input tokens needs the output of `cotam encode` as SRC")
+    config = InferConfig(
+        task=task, metric=metric, mllm=asked, **check_mllm(asked),
+        **{k: made_with[k] for k in ("model", "model_sha256", "max_pixels") if k in made_with},
+    )  # fmt: skip
+    store = RunStore(dst)
+    with store.lock():
+        store.open_run("infer", dataclasses.asdict(config), [src])
+        device = "cuda" if gpus_per_worker else "cpu"
+        make_task = partial(InferTask, config, device, max(1, round(cpus_per_worker)))
+        resources = Resources(num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker)
+        try:
+            run_job(make_task, partitions, store, resources, ray_address, as_json=as_json, quiet=as_json)
+        finally:
+            ids = {p.partition_id for p in partitions}
+            paths = [record.data for record in store.completions() if record.partition_id in ids]
+            metrics = summarise(read_predictions(store.root, paths), metric)
+            store.root.write_json("metrics.json", metrics)
+    if as_json:
+        print_json(metrics)
+    else:
+        _print_metrics(metrics)
+
+
+def _print_metrics(metrics: dict[str, Any]) -> None:
+    from jobs.console import say
+
+    if not metrics["num_questions"]:
+        say("No questions: no key of SRC is in the task.")
+        return
+    say(f"{metrics['num_questions']} questions about {metrics['num_images']} images, {metrics['bpp']:.3f} bpp.")
+    for name, result in (("overall", metrics["overall"]), *metrics["by_level"].items(), *metrics["by_type"].items()):
+        low, high = result["ci95"]
+        say(f"  {name:10} {result['score']:6.1%}  ({low:.1%} to {high:.1%}, {result['num_questions']} questions)")
+    if metrics["num_errors"]:
+        say(f"{metrics['num_errors']} questions have no answer; the column `error` says why.")

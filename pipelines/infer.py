@@ -1,0 +1,189 @@
+"""The inference task: images of a shard, or of a source as it is, through an MLLM to predictions."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from cotam.codec import Codec
+from cotam.image import MAX_PIXELS, ImageError, RGBImage, decode_image
+from cotam.mllm.backend import Asked, Mllm, MllmConfig, MllmError, load_mllm
+from cotam.store.fs import Root
+from cotam.store.readers import Partition, read_partition
+from cotam.store.records import Completion, RunStore
+from cotam.store.schema import Reject, Sample
+from cotam.store.shard import RejectWriter, file_sha256, read_rows
+from cotam.stream import decode_stream, ordered_map, prefetch
+from cotam.tasks.questions import Question, QuestionSource
+from cotam.tasks.results import PREDICTION_SCHEMA
+from cotam.tasks.scores import SCORES
+from pipelines.counter import Counter, Report
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InferConfig:
+    """What is asked, and of what; part of the run's identity.
+
+    Attributes:
+        task: a question file, "member:NAME", or "sceneqa".
+        metric: of the scores, a name in ``SCORES``.
+        mllm: which MLLM, and how it is asked.
+        mllm_sha256: of its weights, where they are local.
+        adapter_sha256: of the adapter's file.
+        model, model_sha256: of the codec; empty where the source is images as they are.
+        max_pixels: larger images are rejects.
+    """
+
+    task: str
+    metric: str = "exact_match"
+    mllm: MllmConfig = dataclasses.field(default_factory=MllmConfig)
+    mllm_sha256: str = ""
+    adapter_sha256: str = ""
+    model: str = ""
+    model_sha256: str = ""
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        if self.metric not in SCORES:
+            raise ValueError(f"metric {self.metric!r} is none of {', '.join(SCORES)}")
+
+
+class View(NamedTuple):
+    """An image to be asked about.
+
+    Attributes:
+        key, source, members: of its sample.
+        pixels: uint8 (H, W, 3).
+        num_bytes: what is stored of it. source_num_bytes: of its original file.
+        y_hat: latents (M, h, w), where visual tokens are wanted.
+    """
+
+    key: str
+    source: str
+    members: dict[str, Any]
+    pixels: RGBImage
+    num_bytes: int
+    source_num_bytes: int
+    y_hat: Tensor | None = None
+
+
+class InferTask:
+    """Asks an MLLM about the images of a partition.
+
+    Args:
+        config: what is asked.
+        device: "cpu" or "cuda".
+        num_threads: for the networks on a CPU, and for decoding.
+    """
+
+    def __init__(self, config: InferConfig, device: str, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
+        self._config, self._num_threads = config, num_threads
+        self._codec = Codec.load(config.model, device, config.max_pixels) if config.model else None
+        self._questions = QuestionSource(config.task)
+        self._mllm = load_mllm(config.mllm, device, config.model_sha256)
+
+    def process(self, partition: Partition, store: RunStore, report: Report) -> Completion:
+        """Ask about one partition; publishes rejects, then predictions. Errors as ``PartitionTask.process``."""
+        counts = Counter(report)
+        views = prefetch(self._views(partition), 2 * self._config.mllm.batch_size)
+        with tempfile.TemporaryDirectory(prefix="cotam-") as folder:
+            path, bad = Path(folder) / "predictions.parquet", Path(folder) / "rejects.parquet"
+            with pq.ParquetWriter(path, PREDICTION_SCHEMA, compression="ZSTD") as writer, RejectWriter(bad) as rejects:
+                while batch := list(islice(views, self._config.mllm.batch_size)):
+                    asked: list[tuple[View, list[Question]]] = []
+                    for view in batch:
+                        item = self._with_questions(view) if isinstance(view, View) else view
+                        if isinstance(item, Reject):
+                            rejects.write(item)
+                            counts.reject()
+                        else:
+                            asked.append(item)
+                            counts.image(view.pixels.size // 3, view.source_num_bytes, view.num_bytes)
+                    rows = ask(self._mllm, asked, self._config.metric)
+                    if rows:
+                        writer.write_table(pa.Table.from_pylist(rows, PREDICTION_SCHEMA))
+            rejects.publish(store.root, partition.partition_id)
+            sha256, num_bytes = file_sha256(path), path.stat().st_size
+            target = f"data/{partition.partition_id}.parquet"
+            store.root.publish(path, target)
+        return counts.completion(partition, target, num_bytes, sha256)
+
+    def _with_questions(self, view: View) -> tuple[View, list[Question]] | Reject:
+        try:
+            return view, self._questions(view.key, view.members)
+        except ValueError as error:
+            return Reject(key=view.key, source=view.source, stage="questions", error=str(error))
+
+    def _views(self, partition: Partition) -> Iterator[View | Reject]:
+        if partition.kind != "shard":
+            yield from read_views(read_partition(partition), self._config.max_pixels, self._num_threads)
+            return
+        assert self._codec is not None, "shards need a codec"
+        rows = read_rows(Root(partition.source), partition.paths[0])
+        with_latents = bool(self._config.mllm.adapter)
+        for item in decode_stream(rows, self._codec, self._num_threads, with_latents):
+            if isinstance(item, Reject):
+                yield item
+            else:
+                row = item.row
+                sizes = len(row.bitstream), row.source_num_bytes
+                yield View(row.key, row.source, row.members, item.pixels, *sizes, item.y_hat)
+
+
+def read_views(samples: Iterable[Sample | Reject], max_pixels: int, num_threads: int) -> Iterator[View | Reject]:
+    """The images of a source as they are, decoded in threads, in order."""
+
+    def decode(sample: Sample | Reject) -> View | Reject:
+        if isinstance(sample, Reject):
+            return sample
+        try:
+            pixels = decode_image(sample.image, max_pixels).pixels
+        except ImageError as error:
+            return Reject(key=sample.key, source=sample.source, stage="decode", error=str(error), image=sample.image)
+        size = len(sample.image)
+        return View(sample.key, sample.source, sample.members, pixels, size, size)
+
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="cotam-decode") as executor:
+        yield from ordered_map(executor, decode, samples, 2 * num_threads)
+
+
+def ask(mllm: Mllm, asked: Sequence[tuple[View, Sequence[Question]]], metric: str) -> list[dict[str, Any]]:
+    """Rows of ``PREDICTION_SCHEMA`` for the questions about some images. Raises OSError as ``Mllm.answer``."""
+    asked = [(view, questions) for view, questions in asked if questions]
+    if not asked:
+        return []
+    score = SCORES[metric]
+    answers = mllm.answer([Asked(v.pixels, [q.question for q in questions], v.y_hat) for v, questions in asked])
+    rows = []
+    for (view, questions), row in zip(asked, answers, strict=True):
+        for question, answer in zip(questions, row, strict=True):
+            failed = isinstance(answer, MllmError)
+            rows.append(
+                {
+                    "key": view.key,
+                    "source": view.source,
+                    "width": view.pixels.shape[1],
+                    "height": view.pixels.shape[0],
+                    "num_bytes": view.num_bytes,
+                    "bpp": 8 * view.num_bytes / (view.pixels.size // 3),
+                    "question": question.question,
+                    "answers": list(question.answers),
+                    "type": question.type,
+                    "level": question.level,
+                    "prediction": None if failed else answer,
+                    "error": str(answer) if failed else None,
+                    "score": 0.0 if failed else score(str(answer), question.answers),
+                }
+            )
+    return rows
