@@ -12,6 +12,7 @@ from cotam.image import RGBImage, encode_image
 from cotam.metrics import psnr_rgb
 
 # Each codec's fullest effort that is still a common default; 4:2:0 as people store photographs.
+BASELINES = ("jpeg", "webp", "avif")
 _OPTIONS: dict[str, dict[str, object]] = {
     "jpeg": {"optimize": True},
     "webp": {"method": 4},
@@ -29,9 +30,15 @@ class Point(NamedTuple):
 
 def encode_baseline(image: RGBImage, codec: str, setting: int) -> Point:
     """Encode uint8 RGB (H, W, 3) with "jpeg", "webp" or "avif" at the codec's quality ``setting`` in [0, 100]."""
+    data, decoded = transcode(image, codec, setting)
+    return Point(setting, len(data), psnr_rgb(image, decoded))
+
+
+def transcode(image: RGBImage, codec: str, setting: int) -> tuple[bytes, RGBImage]:
+    """The bytes that "jpeg", "webp" or "avif" makes of an image, and the image that they decode to."""
     data = encode_image(image, codec.upper(), quality=setting, **_OPTIONS[codec])
     with Image.open(io.BytesIO(data)) as decoded:
-        return Point(setting, len(data), psnr_rgb(image, np.asarray(decoded.convert("RGB"))))
+        return data, np.asarray(decoded.convert("RGB"))
 
 
 def bytes_at_psnr(image: RGBImage, codec: str, target: float) -> int | None:

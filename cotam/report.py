@@ -24,7 +24,7 @@ from cotam.store.shard import read_rejects, read_rows
 
 _BASELINES = ("jpeg", "webp")
 _SHOWN_PX = 420
-_STYLE = """
+STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #1c2733; }
 table { border-collapse: collapse; margin: 1em 0; } th, td { padding: .3em .9em; text-align: right; }
 th { border-bottom: 2px solid #1c2733; } td { border-bottom: 1px solid #d9dfe5; }
@@ -76,7 +76,7 @@ def write_report(path: Path, stores: Mapping[float, str], shown_quality: float) 
         "<h2>Rejects</h2>",
         _reject_list(rejects),
     ]
-    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>CoTAM demo</title><style>{_STYLE}</style>"
+    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>CoTAM demo</title><style>{STYLE}</style>"
     path.write_text(page + "\n".join(parts))
     return path
 

@@ -16,6 +16,7 @@ from jobs.infer import infer
 from jobs.inspect import inspect
 from jobs.sceneqa import sceneqa
 from jobs.status import status
+from jobs.sweep import sweep
 from jobs.train import train_app
 from jobs.verify import verify
 
@@ -29,7 +30,7 @@ app = typer.Typer(
 )
 _USAGE_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, FileExistsError)
 
-for command in (encode, decode, infer, status, verify, inspect, sceneqa, demo):
+for command in (encode, decode, infer, sweep, status, verify, inspect, sceneqa, demo):
     app.command()(command)
 app.add_typer(train_app, name="train")
 

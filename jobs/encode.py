@@ -10,7 +10,7 @@ import typer
 
 from cotam.image import MAX_PIXELS
 from cotam.importance import DEFAULT_CLIP, DEFAULT_LAYER, DEFAULT_STRENGTH
-from jobs.options import CpusPerWorker, GpusPerWorker, Json, Model, NumWorkers, RayAddress
+from jobs.options import Clip, CpusPerWorker, GpusPerWorker, Json, Layer, Model, NumWorkers, RayAddress
 
 
 def encode(
@@ -24,10 +24,8 @@ def encode(
     strength: Annotated[
         float, typer.Option(help="Quality levels that an importance of 1 lies above one of 0.")
     ] = DEFAULT_STRENGTH,
-    clip: Annotated[
-        str, typer.Option(help="open_clip ViT as ARCHITECTURE:PRETRAINED or ARCHITECTURE:FILE.safetensors.")
-    ] = DEFAULT_CLIP,
-    layer: Annotated[int, typer.Option(help="Layer of --clip whose attention is read, from 1.", min=1)] = DEFAULT_LAYER,
+    clip: Clip = DEFAULT_CLIP,
+    layer: Layer = DEFAULT_LAYER,
     keep_importance: Annotated[bool, typer.Option(help="Store the importance maps.")] = False,
     image_column: Annotated[str | None, typer.Option(help="Image column of Parquet input.")] = None,
     max_pixels: Annotated[int, typer.Option(help="Larger images are rejects.", min=1)] = MAX_PIXELS,

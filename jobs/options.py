@@ -20,3 +20,7 @@ Mllm = Annotated[
 Input = Annotated[str, typer.Option("--input", help="pixels, or tokens: the adapter's visual tokens are added.")]
 Adapter = Annotated[str, typer.Option(help="Adapter of --input tokens: packaged name, path or URI.")]
 Prompt = Annotated[str, typer.Option(help="What is asked, with {question} in it.")]
+Clip = Annotated[
+    str, typer.Option(help="Whose attention: a packaged CLIP, a folder, or an open_clip ViT, ARCHITECTURE:PRETRAINED.")
+]
+Layer = Annotated[int, typer.Option(help="Layer of --clip whose attention is read, from 1.", min=1)]

@@ -8,6 +8,8 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from cotam.importance import DEFAULT_CLIP, DEFAULT_LAYER
+
 train_app = typer.Typer(help="Train the packaged models; resumable, the same on CPU and GPU.", no_args_is_help=True)
 
 Out = Annotated[Path, typer.Argument(help="Folder for checkpoint, log, weights and model card.")]
@@ -83,6 +85,28 @@ def vlm(
 
     data = {"photographs": tuple(photographs or ())}
     train_vlm(_settings(VlmTrainConfig, config, data, max_minutes, max_steps), out, clip, device)
+
+
+@train_app.command()
+def adapter(
+    out: Out,
+    config: ConfigFile = None,
+    codec: Annotated[str, typer.Option(help="Codec: packaged name, path or URI.")] = "cotam-base",
+    mllm: Annotated[str, typer.Option(help="LLaVA: packaged name, folder, or hf:NAME.")] = "cotam-vlm-tiny",
+    clip: Annotated[str, typer.Option(help="CLIP whose attention is the importance.")] = DEFAULT_CLIP,
+    layer: Annotated[int, typer.Option(help="Layer of --clip.", min=1)] = DEFAULT_LAYER,
+    photographs: Photographs = None,
+    max_minutes: MaxMinutes = None,
+    max_steps: MaxSteps = None,
+    device: Device = None,
+) -> None:
+    """Train an adapter: visual tokens from latents, with codec and image tower frozen."""
+    from cotam.train.config import AdapterTrainConfig
+    from cotam.train.run import train_adapter
+
+    data = {"photographs": tuple(photographs or ())}
+    settings = _settings(AdapterTrainConfig, config, data, max_minutes, max_steps)
+    train_adapter(settings, out, codec, mllm, clip, layer, device)
 
 
 def _settings(

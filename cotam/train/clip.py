@@ -26,7 +26,7 @@ from cotam.sceneqa.labels import COLUMNS_PER_PATCH, NUM_CHARACTER_CLASSES, NUM_C
 from cotam.sceneqa.questions import caption
 from cotam.sceneqa.tokenizer import BOS, EOS, PAD, SPECIAL_TOKENS, build_tokenizer
 from cotam.train.config import ClipTrainConfig
-from cotam.train.scenes import Example, scene_batches, stack_images, held_out_examples
+from cotam.train.scenes import Example, held_out_examples, scene_batches, stack_images
 from cotam.train.trainer import Trainer, transformer_groups
 
 CONTEXT_LENGTH = 64

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from cotam.config import CodecConfig
+from cotam.losses import FIRST_LAYER_WEIGHT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,3 +152,24 @@ class VlmTrainConfig(Schedule):
     batch_size: int = 32
     weight_decay: float = 0.02
     adam_beta2: float = 0.98
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterTrainConfig(Schedule):
+    """A training run of the adapter between a codec and the image tower of an MLLM.
+
+    Attributes:
+        image_px: sides of the scenes that are encoded.
+        max_quality: qualities are drawn from [1, max_quality].
+        first_layer_weight: of the first layer's distance beside that of the features.
+        low_only: this first part of the schedule has the first layer's distance only.
+        data: scenes.
+    """
+
+    image_px: int = 256
+    max_quality: float = 5.0
+    first_layer_weight: float = FIRST_LAYER_WEIGHT
+    low_only: float = 0.2
+    data: SceneConfig = dataclasses.field(default_factory=SceneConfig)
+    batch_size: int = 16
+    weight_decay: float = 0.01

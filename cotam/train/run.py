@@ -17,7 +17,7 @@ import torch.distributed as dist
 import yaml
 from torch import nn
 
-from cotam.train.config import ClipTrainConfig, CodecTrainConfig, Schedule, VlmTrainConfig
+from cotam.train.config import AdapterTrainConfig, ClipTrainConfig, CodecTrainConfig, Schedule, VlmTrainConfig
 from cotam.train.trainer import Trainer
 from cotam.weights import dump_codec, parse_codec, read_weights
 
@@ -92,6 +92,38 @@ def train_vlm(config: VlmTrainConfig, out: Path, clip: str, device: str | None =
             (folder / "README.md").write_text(model_card("A LLaVA trained on SceneQA", config, out, weights))
             _say_exported(weights)
     return folder
+
+
+def train_adapter(
+    config: AdapterTrainConfig, out: Path, codec: str, mllm: str, clip: str, layer: int, device: str | None = None
+) -> Path:
+    """Train, or go on with, an adapter in ``out``. Returns the exported weights, ``out``/adapter.safetensors.
+
+    Args and errors as of ``train_codec``; ``codec``, ``mllm`` and ``clip`` are names or paths; ``layer`` of the CLIP is
+    read for importance. The MLLM has to be a LLaVA.
+    """
+    from cotam.adapter import dump_adapter
+    from cotam.codec import Codec
+    from cotam.importance.estimate import ImportanceEstimator
+    from cotam.importance.tower import AttentionTower
+    from cotam.mllm.backend import MllmConfig
+    from cotam.mllm.transformers import LlavaMllm, load_transformers
+    from cotam.train.adapter import AdapterTrainer
+
+    weights = out / "adapter.safetensors"
+    with _on_device(device) as chosen:
+        llava = load_transformers(MllmConfig(name=mllm), chosen)
+        if not isinstance(llava, LlavaMllm):
+            raise ValueError(f"{mllm} is not a LLaVA: an adapter needs its CLIP tower")
+        # In the rendering processes, which have no GPU.
+        estimator = ImportanceEstimator(AttentionTower.load(clip, layer))
+        trainer = AdapterTrainer(config, out, Codec.load(codec), llava, estimator, chosen)
+        model = _run(trainer, out)
+        if trainer.rank == 0:
+            weights.write_bytes(dump_adapter(model))
+            (out / "adapter.md").write_text(model_card("A CoTAM adapter", config, out, weights))
+            _say_exported(weights)
+    return weights
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from cotam.sceneqa.tokenizer import ASSISTANT, BOS, EOS, IMAGE, PAD, SPECIAL_TOK
 from cotam.tasks.questions import Question
 from cotam.train.clip import MEAN, STD, to_float
 from cotam.train.config import VlmTrainConfig
-from cotam.train.scenes import Example, scene_batches, stack_images, held_out_examples
+from cotam.train.scenes import Example, held_out_examples, scene_batches, stack_images
 from cotam.train.trainer import Trainer, transformer_groups
 
 _EVAL_BATCH = 32

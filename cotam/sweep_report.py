@@ -1,0 +1,175 @@
+"""What a sweep measured: curves and savings as JSON, and as a page to look at."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from cotam.report import STYLE
+from cotam.store.records import RunStore
+from cotam.tasks.curves import Curve, Measured, measured_curves, saving
+from cotam.tasks.results import read_predictions
+
+_LEVELS = {"low": "low (read)", "high": "high (scene)", "cross": "cross (relations)"}
+_Z95 = 1.959964
+
+
+def results_of(store: RunStore, paths: Sequence[str], metric: str) -> dict[str, Any]:
+    """JSON-serialisable results of a sweep's data files.
+
+    Returns:
+        metric; original: score without any loss; curves by name, lists of points in order of bpp; savings of every
+        curve against every other that it should be compared with; the same curves by level.
+    """
+    rows = [_slim(row) for row in read_predictions(store.root, paths)]
+    curves = measured_curves(rows, _curve_of)
+    original = curves.pop("original", [])
+    return {
+        "metric": metric,
+        "num_images": len(original[0].bits) if original else 0,
+        "num_questions": int(original[0].questions.sum()) if original else 0,
+        "original": _point(original[0]) if original else None,
+        "curves": {name: [_point(m) for m in curve] for name, curve in curves.items()},
+        "savings": _savings(curves),
+        "by_level": {level: _part(rows, level=level) for level in sorted({r["level"] for r in rows} - {""})},
+        "by_type": {kind: _part(rows, kind=kind) for kind in sorted({r["type"] for r in rows} - {""})},
+    }
+
+
+def write_sweep_report(results: Mapping[str, Any]) -> str:
+    """The page: plots of score against bits per pixel, savings, all points."""
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _plot(left, results["curves"], results["original"], "score")
+    left.set_ylabel(results["metric"].replace("_", " "))
+    _plot(right, results["curves"], None, "psnr_rgb")
+    right.set_ylabel("PSNR RGB (dB)")
+    left.legend(fontsize=8)
+    levels = Figure(figsize=(11, 4), layout="constrained")
+    by_level = results["by_level"]
+    for axes, level in zip(np.atleast_1d(levels.subplots(1, max(1, len(by_level)))), by_level, strict=False):
+        _plot(axes, by_level[level]["curves"], by_level[level]["original"], "score")
+        axes.set_title(_LEVELS.get(level, level), fontsize=10)
+    original = results["original"]
+    parts = [
+        "<h1>Accuracy against bits</h1>",
+        f"<p>{results['num_questions']} questions about {results['num_images']} images; every point is real bytes and"
+        f" real answers. On the originals: {original['score']:.1%} {html.escape(results['metric'].replace('_', ' '))},"
+        f" {original['bpp']:.2f} bpp as their files are.</p>"
+        if original
+        else "",
+        _image(figure),
+        "<h2>By level</h2>",
+        _image(levels),
+        "<h2>Bits saved at equal accuracy</h2>",
+        _savings_table(results["savings"]),
+        "<h2>All points</h2>",
+        _points_table(results["curves"]),
+    ]
+    style = f"<title>CoTAM sweep</title><style>{STYLE}</style>"
+    return "<!doctype html><html lang=en><meta charset=utf-8>" + style + "\n".join(parts)
+
+
+def _slim(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in ("question", "answers", "prediction", "error")}
+
+
+def _curve_of(row: Mapping[str, Any]) -> str:
+    if row["codec"] != "cotam":
+        return str(row["codec"])
+    guidance = f"guided {row['strength']:g}" if row["strength"] else "uniform"
+    return f"cotam, {guidance}, {row['input']}"
+
+
+def _part(rows: list[dict[str, Any]], level: str | None = None, kind: str | None = None) -> dict[str, Any]:
+    curves = measured_curves(rows, _curve_of, level, kind)
+    original = curves.pop("original", [])
+    return {
+        "original": _point(original[0]) if original else None,
+        "curves": {name: [_point(m) for m in curve] for name, curve in curves.items()},
+        "savings": _savings(curves),
+    }
+
+
+def _point(measured: Measured) -> dict[str, float]:
+    score = measured.score()
+    # Images are the clusters of a ratio estimator (Cochran 1977, chapter 6).
+    residuals = measured.scores - score * measured.questions
+    num = len(residuals)
+    error = float(np.sqrt((residuals**2).sum() * num / max(1, num - 1)) / measured.questions.sum())
+    finite = measured.psnr_rgb[np.isfinite(measured.psnr_rgb)]
+    return {
+        "quality": measured.quality,
+        "bpp": measured.bpp(),
+        "score": score,
+        "low": max(0.0, score - _Z95 * error),
+        "high": min(1.0, score + _Z95 * error),
+        "psnr_rgb": float(finite.mean()) if len(finite) else 0.0,
+    }
+
+
+def _savings(curves: Mapping[str, Curve]) -> list[dict[str, Any]]:
+    """Each curve of the codec against the uniform one on pixels and the baselines."""
+    own = [name for name in curves if name.startswith("cotam")]
+    references = [name for name in curves if not name.startswith("cotam") or "uniform" in name]
+    pairs = [(r, t) for r, t in itertools.product(references, own) if r != t]
+    found = []
+    for reference, test in pairs:
+        result = saving(curves[reference], curves[test])
+        if result is not None:
+            found.append({"reference": reference, "test": test, **result._asdict()})
+    return found
+
+
+def _plot(axes: Axes, curves: Mapping[str, Any], original: Mapping[str, float] | None, what: str) -> None:
+    for name, points in curves.items():
+        x, y = [p["bpp"] for p in points], [p[what] for p in points]
+        dashed = not name.startswith("cotam")
+        (line,) = axes.plot(x, y, "--" if dashed else "-", marker="o", markersize=3, linewidth=1.3, label=name)
+        if what == "score":
+            axes.fill_between(
+                x, [p["low"] for p in points], [p["high"] for p in points], alpha=0.1, color=line.get_color()
+            )
+    if original is not None:
+        axes.axhline(original[what], color="black", linewidth=0.8, linestyle=":", label="original")
+    axes.set_xscale("log")
+    axes.set_xlabel("bits per pixel")
+    axes.grid(alpha=0.3)
+
+
+def _image(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return f'<p><img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}" alt="Curves"></p>'
+
+
+def _savings_table(savings: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for s in savings:
+        interval = "" if s["low"] is None else f"{s['low']:+.1f} to {s['high']:+.1f}"
+        good = "good" if s["percent"] > 0 else "bad"
+        rows.append(
+            f"<tr><td>{html.escape(s['test'])}</td><td>{html.escape(s['reference'])}</td>"
+            f'<td class="{good}">{s["percent"]:+.1f} %</td><td>{interval}</td></tr>'
+        )
+    head = "<tr><th>curve</th><th>against</th><th>bits saved</th><th>95 % interval</th></tr>"
+    return f"<table>{head}{''.join(rows)}</table>"
+
+
+def _points_table(curves: Mapping[str, Any]) -> str:
+    rows = [
+        f"<tr><td>{html.escape(name)}</td><td>{p['quality']:g}</td><td>{p['bpp']:.3f}</td><td>{p['score']:.1%}</td>"
+        f"<td>{p['low']:.1%} to {p['high']:.1%}</td><td>{p['psnr_rgb']:.2f}</td></tr>"
+        for name, points in curves.items()
+        for p in points
+    ]
+    head = "<tr><th>curve</th><th>quality</th><th>bpp</th><th>score</th><th>95 % interval</th><th>PSNR</th></tr>"
+    return f"<table>{head}{''.join(rows)}</table>"

@@ -1,0 +1,97 @@
+"""`cotam sweep`: rate against task accuracy over qualities, codecs, importance and inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Annotated
+
+import typer
+
+from cotam.importance import DEFAULT_CLIP, DEFAULT_LAYER, DEFAULT_STRENGTH
+from cotam.tasks.scores import SCORES
+from jobs.options import Adapter, Clip, CpusPerWorker, GpusPerWorker, Json, Layer, Mllm, Model, NumWorkers, RayAddress
+
+_DEFAULT_BASELINES = "jpeg,webp,avif"
+
+
+def sweep(
+    src: Annotated[str, typer.Argument(help="Images, as SRC of `cotam encode`.")],
+    dst: Annotated[str, typer.Argument(help="Folder or URI for results.json and report.html.")],
+    task: Annotated[
+        str, typer.Option(help="Questions: a .jsonl or .parquet file, member:NAME of the samples, or sceneqa.")
+    ] = "sceneqa",
+    qualities: Annotated[str, typer.Option(help="Qualities of the codec.")] = "1,2,3,4,5,6",
+    strengths: Annotated[
+        str, typer.Option(help="Strengths of the importance map; 0 is uniform.")
+    ] = f"0,{DEFAULT_STRENGTH:g}",
+    inputs: Annotated[str, typer.Option(help="pixels, tokens, or both.")] = "pixels,tokens",
+    codecs: Annotated[str, typer.Option(help="Codecs to compare with; empty for none.")] = _DEFAULT_BASELINES,
+    codec_qualities: Annotated[str, typer.Option(help="Their qualities.")] = "3,8,15,30,50,75",
+    mllm: Mllm = "cotam-vlm-tiny",
+    adapter: Adapter = "cotam-adapter-tiny",
+    model: Model = "cotam-base",
+    clip: Clip = DEFAULT_CLIP,
+    layer: Layer = DEFAULT_LAYER,
+    metric: Annotated[str, typer.Option(help=f"Score of an answer: {', '.join(SCORES)}.")] = "exact_match",
+    num_workers: NumWorkers = 0,
+    cpus_per_worker: CpusPerWorker = 1.0,
+    gpus_per_worker: GpusPerWorker = 0.0,
+    ray_address: RayAddress = None,
+    as_json: Json = False,
+) -> None:
+    """Encode, decode and ask at many operating points; writes curves, savings at equal accuracy, and a report."""
+    from cotam.mllm.backend import MllmConfig
+    from cotam.mllm.identity import check_mllm
+    from cotam.store.records import RunStore
+    from cotam.sweep_report import results_of, write_sweep_report
+    from cotam.tasks.questions import QuestionSource
+    from cotam.weights import parse_codec, read_weights
+    from jobs.console import print_json, say
+    from jobs.run import run_job
+    from pipelines.runner import Resources
+    from pipelines.sources import list_partitions
+    from pipelines.sweep import ORIGINAL, Point, SweepConfig, SweepTask
+
+    inputs_used = _names(inputs)
+    points = [Point(codec=ORIGINAL)]
+    for quality in _numbers(qualities):
+        for strength in _numbers(strengths):
+            points += [Point(codec="cotam", quality=quality, strength=strength, input=name) for name in inputs_used]
+    points += [Point(codec=codec, quality=q) for codec in _names(codecs) for q in _numbers(codec_qualities)]
+    asked = MllmConfig(name=mllm, adapter=adapter if "tokens" in inputs_used else "")
+    QuestionSource(task)
+    config = SweepConfig(
+        points=tuple(points), task=task, metric=metric, mllm=asked, **check_mllm(asked), model=model,
+        model_sha256=parse_codec(read_weights(model), model).sha256, clip=clip, layer=layer,
+    )  # fmt: skip
+    partitions = list_partitions(src, None)
+    store = RunStore(dst)
+    with store.lock():
+        store.open_run("sweep", dataclasses.asdict(config), [src])
+        device = "cuda" if gpus_per_worker else "cpu"
+        make_task = partial(SweepTask, config, device, max(1, round(cpus_per_worker)))
+        resources = Resources(num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker)
+        run_job(make_task, partitions, store, resources, ray_address, quiet=True, as_json=as_json)
+        ids = {p.partition_id for p in partitions}
+        results = results_of(store, [r.data for r in store.completions() if r.partition_id in ids], metric)
+        store.root.write_json("results.json", results)
+        store.root.write("report.html", write_sweep_report(results).encode())
+    if as_json:
+        print_json(results)
+        return
+    for saved in results["savings"]:
+        interval = "" if saved["low"] is None else f" ({saved['low']:+.1f} to {saved['high']:+.1f})"
+        say(f"{saved['test']} saves {saved['percent']:+.1f} %{interval} against {saved['reference']}")
+    say(f"Report: {store.root.uri}/report.html")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(name) for name in _names(text)]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no list of numbers with commas between them") from None

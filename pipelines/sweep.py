@@ -1,0 +1,181 @@
+"""The sweep task: images of a source at many operating points, each with real bytes and an MLLM's real answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from cotam.baselines import BASELINES, transcode
+from cotam.codec import Codec
+from cotam.image import MAX_PIXELS
+from cotam.importance import DEFAULT_CLIP, DEFAULT_LAYER
+from cotam.importance.estimate import ImportanceEstimator
+from cotam.importance.source import ImportanceMap
+from cotam.importance.tower import AttentionTower
+from cotam.metrics import psnr_rgb
+from cotam.mllm.backend import MllmConfig, load_mllm
+from cotam.store.readers import Partition, read_partition
+from cotam.store.records import Completion, RunStore
+from cotam.store.schema import Reject
+from cotam.store.shard import RejectWriter, file_sha256
+from cotam.tasks.questions import QuestionSource
+from cotam.tasks.results import PREDICTION_SCHEMA
+from cotam.tasks.scores import SCORES
+from pipelines.counter import Counter, Report
+from pipelines.infer import View, ask, read_views
+
+ORIGINAL = "original"
+_CHUNK_IMAGES = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point:
+    """One way to store an image and to hand it to the MLLM.
+
+    Attributes:
+        codec: "cotam", one of ``BASELINES``, or "original".
+        quality: of that codec.
+        strength: of the importance map; 0 is uniform.
+        input: "pixels" or "tokens".
+    """
+
+    codec: str
+    quality: float = 0.0
+    strength: float = 0.0
+    input: str = "pixels"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """What is compared; part of the run's identity.
+
+    Attributes:
+        points: the operating points.
+        task, metric: as in ``InferConfig``.
+        mllm: which MLLM; its adapter is used at points whose input is "tokens".
+        mllm_sha256, adapter_sha256: of their weights.
+        model, model_sha256: the codec.
+        clip, layer: whose attention is the importance.
+        max_pixels: larger images are rejects.
+    """
+
+    points: tuple[Point, ...]
+    task: str
+    metric: str = "exact_match"
+    mllm: MllmConfig = dataclasses.field(default_factory=MllmConfig)
+    mllm_sha256: str = ""
+    adapter_sha256: str = ""
+    model: str = "cotam-base"
+    model_sha256: str = ""
+    clip: str = DEFAULT_CLIP
+    layer: int = DEFAULT_LAYER
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        if self.metric not in SCORES:
+            raise ValueError(f"metric {self.metric!r} is none of {', '.join(SCORES)}")
+        for point in self.points:
+            if point.codec not in ("cotam", ORIGINAL, *BASELINES):
+                raise ValueError(f"codec {point.codec!r} is none of cotam, {', '.join(BASELINES)}")
+
+
+SWEEP_SCHEMA = pa.schema(
+    [
+        pa.field("codec", pa.string()),
+        pa.field("quality", pa.float32()),
+        pa.field("strength", pa.float32()),
+        pa.field("input", pa.string()),
+        pa.field("psnr_rgb", pa.float32()),
+        *PREDICTION_SCHEMA,
+    ]
+)
+
+
+class SweepTask:
+    """Takes the images of a partition through every point.
+
+    Args:
+        config: what is compared.
+        device: "cpu" or "cuda".
+        num_threads: for the networks on a CPU, and for entropy coding.
+    """
+
+    def __init__(self, config: SweepConfig, device: str, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
+        self._config, self._num_threads = config, num_threads
+        self._codec = Codec.load(config.model, device, config.max_pixels)
+        self._questions = QuestionSource(config.task)
+        inputs = {point.input for point in config.points}
+        plain = dataclasses.replace(config.mllm, adapter="")
+        chosen = {"pixels": plain, "tokens": config.mllm}
+        self._mllms = {name: load_mllm(chosen[name], device, self._codec.sha256) for name in sorted(inputs)}
+        self._estimator = None
+        if any(point.strength for point in config.points):
+            self._estimator = ImportanceEstimator(AttentionTower.load(config.clip, config.layer), device)
+
+    def process(self, partition: Partition, store: RunStore, report: Report) -> Completion:
+        """Measure one partition; publishes rejects, then rows. Errors as ``PartitionTask.process``."""
+        counts = Counter(report)
+        views = read_views(read_partition(partition), self._config.max_pixels, self._num_threads)
+        with tempfile.TemporaryDirectory(prefix="cotam-") as folder:
+            path, bad = Path(folder) / "rows.parquet", Path(folder) / "rejects.parquet"
+            with pq.ParquetWriter(path, SWEEP_SCHEMA, compression="ZSTD") as writer, RejectWriter(bad) as rejects:
+                while chunk := list(islice(views, _CHUNK_IMAGES)):
+                    good = [view for view in chunk if isinstance(view, View)]
+                    for item in chunk:
+                        if isinstance(item, Reject):
+                            rejects.write(item)
+                            counts.reject()
+                    for table in self._measure(good):
+                        writer.write_table(table)
+                    for view in good:
+                        counts.image(view.pixels.size // 3, view.source_num_bytes, view.num_bytes)
+            rejects.publish(store.root, partition.partition_id)
+            sha256, num_bytes = file_sha256(path), path.stat().st_size
+            target = f"data/{partition.partition_id}.parquet"
+            store.root.publish(path, target)
+        return counts.completion(partition, target, num_bytes, sha256)
+
+    def _measure(self, views: list[View]) -> Iterator[pa.Table]:
+        questions = [self._questions(view.key, view.members) for view in views]
+        maps = self._estimator([view.pixels for view in views]) if self._estimator is not None else None
+        # Points that differ in the input only share their bitstreams.
+        stored: dict[tuple[str, float, float], list[View]] = {}
+        for point in self._config.points:
+            how = point.codec, point.quality, point.strength
+            if how not in stored:
+                stored = {how: self._store(views, point, maps)}
+            decoded = stored[how]
+            rows = ask(self._mllms[point.input], list(zip(decoded, questions, strict=True)), self._config.metric)
+            psnr = {d.key: psnr_rgb(v.pixels, d.pixels) for v, d in zip(views, decoded, strict=True)}
+            if rows:
+                same = dataclasses.asdict(point)
+                yield pa.Table.from_pylist([{**same, "psnr_rgb": psnr[r["key"]], **r} for r in rows], SWEEP_SCHEMA)
+
+    def _store(self, views: list[View], point: Point, maps: list[ImportanceMap] | None) -> list[View]:
+        """The images as they come back from their bytes at ``point``."""
+        if point.codec == ORIGINAL:
+            return views
+        if point.codec in BASELINES:
+            pairs = [transcode(view.pixels, point.codec, round(point.quality)) for view in views]
+            return [v._replace(pixels=np.array(p), num_bytes=len(d)) for v, (d, p) in zip(views, pairs, strict=True)]
+        codec = self._codec
+        with ThreadPoolExecutor(self._num_threads, thread_name_prefix="cotam-rans") as coders:
+            images = [view.pixels for view in views]
+            guides = maps if point.strength else None
+            strings = codec.encode_batch(images, point.quality, guides, point.strength, coders)
+            decompressed = codec.decompress(strings, coders)
+        decoded = zip(codec.reconstruct(decompressed), codec.latents(decompressed), strings, strict=True)
+        return [
+            view._replace(pixels=pixels, num_bytes=len(data), y_hat=y_hat)
+            for view, (pixels, y_hat, data) in zip(views, decoded, strict=True)
+        ]
