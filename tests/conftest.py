@@ -11,6 +11,7 @@ import torch
 
 from cotam.codec import Codec
 from cotam.image import RGBImage
+from tests.cotam.tiny_models import TinyModels, train_tiny_models
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +28,12 @@ def photos() -> dict[str, RGBImage]:
         "chelsea": np.ascontiguousarray(skimage.data.chelsea()[40:240, 100:333]),
         "coffee": np.ascontiguousarray(skimage.data.coffee()[100:277, 200:456]),
     }
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    """A CLIP, a LLaVA and an adapter of a few training steps."""
+    return train_tiny_models(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

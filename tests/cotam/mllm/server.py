@@ -1,0 +1,77 @@
+"""An OpenAI-compatible server around the packaged MLLM, on a port of its own, with faults to order."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+
+from cotam.image import decode_image
+from cotam.mllm.backend import Asked, Mllm, MllmConfig, load_mllm
+
+
+@dataclasses.dataclass
+class Served:
+    """A running server: its URL, the faults it still has to give, and what it saw."""
+
+    url: str
+    faults: list[int] = dataclasses.field(default_factory=list)
+    refused: str = ""
+    under_way: int = 0
+    most_under_way: int = 0
+    num_requests: int = 0
+    keys: set[str] = dataclasses.field(default_factory=set)
+
+
+@contextmanager
+def serving(name: str) -> Iterator[Served]:
+    """Serve the MLLM ``name``. ``faults``: status codes for the next requests; ``refused``: a question that gets 400."""
+    mllm: Mllm = load_mllm(MllmConfig(name=name))
+    served = Served("")
+    app, lock, asking = FastAPI(), threading.Lock(), threading.Lock()
+
+    @app.post("/v1/chat/completions")
+    def complete(body: dict[str, Any], request: Request) -> Any:
+        with lock:
+            served.num_requests += 1
+            served.under_way += 1
+            served.most_under_way = max(served.most_under_way, served.under_way)
+            served.keys.add(request.headers.get("authorization", ""))
+            fault = served.faults.pop(0) if served.faults else 0
+        try:
+            time.sleep(0.05)
+            if fault:
+                return JSONResponse({"error": {"message": "busy"}}, fault)
+            image, text = (part[part["type"]] for part in body["messages"][0]["content"])
+            if text == served.refused:
+                return JSONResponse({"error": {"message": "not this one"}}, 400)
+            pixels = decode_image(base64.b64decode(image["url"].partition(",")[2])).pixels
+            with asking:
+                ((answer,),) = mllm.answer([Asked(pixels, [text])])
+            message = {"role": "assistant", "content": answer}
+            choice = {"index": 0, "finish_reason": "stop", "message": message}
+            return {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
+        finally:
+            with lock:
+                served.under_way -= 1
+
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    served.url = f"http://127.0.0.1:{port}/v1"
+    try:
+        yield served
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -1,0 +1,90 @@
+"""What predictions add up to, and what one curve saves against another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cotam.tasks.curves import Measured, measured_curves, saving
+from cotam.tasks.results import summarise
+
+
+def row(key: str, score: float, **changes: Any) -> dict[str, Any]:
+    return {
+        "key": key, "source": "s", "width": 100, "height": 50, "num_bytes": 500, "answers": ["yes"], "type": "exists",
+        "level": "cross", "prediction": "yes", "error": None, "score": score, **changes,
+    }  # fmt: skip
+
+
+def test_a_summary_counts_every_question_and_every_byte_once() -> None:
+    rows = [
+        row("a", 1.0),
+        row("a", 0.0, type="read", level="low", answers=["12"], prediction=None, error="busy"),
+        row("b", 1.0, num_bytes=1000),
+        row("b", 0.0, num_bytes=1000, prediction="no"),
+        row("b", 1.0, num_bytes=1000, answers=["no"], prediction="no"),
+    ]
+    summary = summarise(rows, "exact_match")
+    assert (summary["num_images"], summary["num_questions"], summary["num_errors"]) == (2, 5, 1)
+    assert summary["bpp"] == pytest.approx(8 * 1500 / 10_000)
+    assert summary["overall"]["score"] == pytest.approx(3 / 5)
+    assert summary["by_level"]["low"]["score"] == 0 and summary["by_type"]["exists"]["num_questions"] == 4
+    assert summary["yes_no"]["precision"] == 1 and summary["yes_no"]["recall"] == pytest.approx(2 / 3)
+    assert summarise([], "exact_match")["overall"] is None
+
+
+def test_the_interval_of_a_mean_covers_it_when_an_images_questions_stand_or_fall_together() -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        rows = [row(str(k), float(right)) for k, right in enumerate(rng.random(80) < 0.7) for _ in range(5)]
+        low, high = summarise(rows, "exact_match")["overall"]["ci95"]
+        covered += low <= 0.7 <= high
+    assert 175 <= covered <= 200  # 190 expected; with questions as independent draws it would be about 120
+
+
+def curve(factor: float, num_images: int = 60) -> list[Measured]:
+    """Score 0.5 + 0.1 log2(rate), at rates that are ``factor`` times those of the reference."""
+    rng = np.random.default_rng(1)
+    points = []
+    for quality, rate in enumerate((1.0, 2.0, 4.0, 8.0)):
+        spread = rng.uniform(0.8, 1.2, num_images)
+        scores = 0.5 + 0.1 * np.log2(rate) + rng.normal(0, 0.01, num_images)
+        ones = np.ones(num_images)
+        points.append(Measured(quality, factor * rate * spread * 100, 100 * ones, scores, ones, 30 * ones))
+    return points
+
+
+def test_saving_is_the_difference_in_rate_at_equal_score() -> None:
+    result = saving(curve(1.0), curve(0.7))
+    assert result is not None and result.low is not None and result.high is not None
+    assert result.percent == pytest.approx(30, abs=1e-6) and result.low <= result.percent <= result.high
+    same = saving(curve(1.0), curve(1.0))
+    assert same is not None and same.percent == pytest.approx(0, abs=1e-9)
+    worse = saving(curve(0.7), curve(1.0))
+    assert worse is not None and worse.percent < -40
+
+
+def test_noise_in_a_curve_does_not_break_it_and_curves_that_never_meet_have_no_saving() -> None:
+    reference, noisy = curve(1.0), curve(0.7)
+    noisy[2] = noisy[2]._replace(scores=noisy[2].scores - 0.15)  # below its cheaper neighbour
+    result = saving(reference, noisy)
+    assert result is not None and 0 < result.percent < 30
+    high = [m._replace(scores=m.scores + 1) for m in reference]
+    assert saving(reference, high) is None
+
+
+def test_curves_are_built_from_rows_by_name_and_quality() -> None:
+    rows = [
+        row(key, score, codec=codec, quality=quality, psnr_rgb=30.0)
+        for codec, quality, score in (("jpeg", 5.0, 0.0), ("jpeg", 9.0, 1.0), ("cotam", 1.0, 1.0))
+        for key in ("a", "a", "b")
+    ]
+    curves = measured_curves(rows, lambda r: r["codec"])
+    assert [m.quality for m in curves["jpeg"]] == [5.0, 9.0] and set(curves) == {"cotam", "jpeg"}
+    first = curves["jpeg"][0]
+    assert first.questions.tolist() == [2, 1] and first.score() == 0 and first.bpp() == pytest.approx(0.8)
+    assert first.bpp(np.array([1.0, 0.0])) == pytest.approx(0.8)
+    assert measured_curves(rows, lambda r: r["codec"], level="high") == {}
