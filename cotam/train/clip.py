@@ -1,19 +1,18 @@
 """`cotam train clip`: a small CLIP of open_clip on SceneQA scenes and their captions.
 
-Beside the contrastive loss (Radford et al. 2021) the patch tokens learn what is in their patch, which the renderer
-knows: object, colour, size, letters. It costs two linear layers and saves most of the training.
+Beside the contrastive loss (Radford et al. 2021) the patch tokens learn what is in their patch (``cotam.train.dense``).
 """
 
 from __future__ import annotations
 
 import json
 import random
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP
@@ -22,17 +21,16 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from cotam.mllm.tiny import half_precision, make_tokenizer
-from cotam.sceneqa.labels import COLUMNS_PER_PATCH, NUM_CHARACTER_CLASSES, NUM_CLASSES, PatchLabels, patch_labels
 from cotam.sceneqa.questions import caption
 from cotam.sceneqa.tokenizer import BOS, EOS, PAD, SPECIAL_TOKENS, build_tokenizer
 from cotam.train.config import ClipTrainConfig
+from cotam.train.dense import PatchHeads, dense_accuracy, dense_loss, stack_labels
 from cotam.train.scenes import Example, held_out_examples, scene_batches, stack_images
 from cotam.train.trainer import Trainer, transformer_groups
 
 CONTEXT_LENGTH = 64
 MEAN = STD = (0.5, 0.5, 0.5)
 _INIT_SCALE = 0.1  # of patches and positions
-_EMPTY_WEIGHT = 0.3  # of patches with nothing in them, against all others
 
 
 class ClipBatch(NamedTuple):
@@ -50,20 +48,13 @@ class DenseClip(nn.Module):
         super().__init__()
         self.clip = CLIP(**open_clip_config(config)["model_cfg"])
         self.clip.visual.output_tokens = True
-        self.heads = nn.ModuleList(nn.Linear(config.width, classes) for classes in NUM_CLASSES.values())
-        self.characters = nn.Linear(config.width, COLUMNS_PER_PATCH * NUM_CHARACTER_CLASSES)
+        self.heads = PatchHeads(config.width)
 
     def forward(self, images: Tensor, captions: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """float images, token ids -> image and text embeddings (B, D) of unit length, scale, logits of ``PatchLabels``.
-
-        Logits are (B, patches, classes), those of characters (B, columns per patch x patches, classes) in the order
-        of labels flattened.
-        """
+        """float images, token ids -> image and text embeddings (B, D) of unit length, scale, logits of the heads."""
         pooled, tokens = self.clip.visual(images)
         text = self.clip.encode_text(captions, normalize=True)
-        letters = self.characters(tokens).unflatten(2, (COLUMNS_PER_PATCH, -1)).flatten(1, 2)
-        logits = [*(head(tokens) for head in self.heads), letters]
-        return F.normalize(pooled, dim=-1), text, self.clip.logit_scale.exp(), logits
+        return F.normalize(pooled, dim=-1), text, self.clip.logit_scale.exp(), self.heads(tokens)
 
 
 def open_clip_config(config: ClipTrainConfig) -> dict[str, Any]:
@@ -131,10 +122,7 @@ class ClipTrainer(Trainer[DenseClip, ClipBatch]):
         similarity = scale.float() * image.float() @ text.float().T
         target = torch.arange(len(similarity), device=self.device)
         contrastive = (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
-        dense = sum(
-            (_dense_loss(z.float(), t.to(self.device)) for z, t in zip(logits, batch.labels, strict=True)),
-            torch.zeros((), device=self.device),
-        )
+        dense = dense_loss(logits, [target.to(self.device) for target in batch.labels])
         shown = {"contrastive": contrastive.detach(), "dense": dense.detach()}
         return contrastive + self.config.dense_weight * dense, shown
 
@@ -143,20 +131,17 @@ class ClipTrainer(Trainer[DenseClip, ClipBatch]):
         """Retrieval of captions among 64 test scenes, and accuracy by patch where there is something."""
         size = 64
         examples = held_out_examples(self.config.data, self.config.image_px)
-        right = dict.fromkeys(PatchLabels._fields, 0)
-        present = dict.fromkeys(PatchLabels._fields, 0)
         found = total = 0
+        counts: dict[str, list[tuple[int, int]]] = defaultdict(list)
         for k in range(0, len(examples), size):
             batch = self._collate(examples[k : k + size])
             image, text, _, logits = self.ema(to_float(batch.images.to(self.device)), batch.captions.to(self.device))
             nearest = (image @ text.T).argmax(1).cpu()
             found += int((nearest == torch.arange(len(nearest))).sum())
             total += len(nearest)
-            for name, z, target in zip(PatchLabels._fields, logits, batch.labels, strict=True):
-                something = target > 0
-                right[name] += int((z.argmax(2).cpu() == target)[something].sum())
-                present[name] += int(something.sum())
-        accuracy = {name: round(right[name] / max(1, present[name]), 4) for name in right}
+            for name, count in dense_accuracy([z.cpu() for z in logits], batch.labels).items():
+                counts[name].append(count)
+        accuracy = {name: sum(r for r, _ in c) / max(1, sum(n for _, n in c)) for name, c in counts.items()}
         return [{"retrieval": found / max(1, total), **accuracy}]
 
 
@@ -198,9 +183,7 @@ def _collate(examples: Sequence[Example], tokenizer: Tokenizer, rows: int) -> Cl
     for row, example in zip(captions, examples, strict=True):
         ids = caption_ids(tokenizer, example)
         row[: len(ids)] = torch.tensor(ids)
-    labels = [patch_labels(e.scene, rows) for e in examples]
-    stacked = tuple(torch.from_numpy(np.stack(parts)).flatten(1) for parts in zip(*labels, strict=True))
-    return ClipBatch(stack_images(examples), captions, stacked)
+    return ClipBatch(stack_images(examples), captions, stack_labels(examples, rows))
 
 
 def caption_ids(tokenizer: Tokenizer, example: Example) -> list[int]:
@@ -209,12 +192,3 @@ def caption_ids(tokenizer: Tokenizer, example: Example) -> list[int]:
     random.Random(example.scene.seed).shuffle(parts)
     ids = tokenizer.encode(", ".join(parts), add_special_tokens=False).ids[: CONTEXT_LENGTH - 2]
     return [SPECIAL_TOKENS.index(BOS), *ids, SPECIAL_TOKENS.index(EOS)]
-
-
-def _dense_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy of (B, P, C) against (B, P), where patches with nothing in them do not drown the others."""
-    losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
-    something = (target.flatten() > 0).float()
-    full = (losses * something).sum() / something.sum().clamp_min(1)
-    empty = (losses * (1 - something)).sum() / (1 - something).sum().clamp_min(1)
-    return full + _EMPTY_WEIGHT * empty

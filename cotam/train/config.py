@@ -139,6 +139,7 @@ class VlmTrainConfig(Schedule):
         hidden, layers, heads, intermediate: of the Llama.
         draws: how often questions are drawn for an image; a draw has one question a type.
         tower_lr_factor: on the learning rate, for the image tower; 0 freezes it.
+        dense_weight: of the patches' loss (what is in this patch) beside that of the answers.
         data: scenes.
     """
 
@@ -148,8 +149,9 @@ class VlmTrainConfig(Schedule):
     intermediate: int = 512
     draws: int = 2
     tower_lr_factor: float = 0.5
+    dense_weight: float = 0.1
     data: SceneConfig = dataclasses.field(default_factory=SceneConfig)
-    batch_size: int = 32
+    batch_size: int = 16
     weight_decay: float = 0.02
     adam_beta2: float = 0.98
 

@@ -6,6 +6,7 @@ mask keeps each from seeing the others.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -25,6 +26,7 @@ from cotam.sceneqa.tokenizer import ASSISTANT, BOS, EOS, IMAGE, PAD, SPECIAL_TOK
 from cotam.tasks.questions import Question
 from cotam.train.clip import MEAN, STD, to_float
 from cotam.train.config import VlmTrainConfig
+from cotam.train.dense import PatchHeads, dense_loss, stack_labels
 from cotam.train.scenes import Example, held_out_examples, scene_batches, stack_images
 from cotam.train.trainer import Trainer, transformer_groups
 
@@ -40,6 +42,7 @@ class VlmBatch(NamedTuple):
         owners: int64 (B, T): 0 for what all share, the number of the question from 1, -1 for padding.
         answered: bool (B, T): tokens of answers, which are what is learned.
         questions: of every image, in order.
+        labels: of the patches.
     """
 
     images: Tensor
@@ -47,6 +50,7 @@ class VlmBatch(NamedTuple):
     owners: Tensor
     answered: Tensor
     questions: list[list[Question]]
+    labels: tuple[Tensor, ...]
 
 
 class AnswerModel(nn.Module):
@@ -55,11 +59,19 @@ class AnswerModel(nn.Module):
     def __init__(self, llava: LlavaForConditionalGeneration) -> None:
         super().__init__()
         self.llava = llava
+        vision: Any = llava.config.vision_config
+        self.heads = PatchHeads(vision.hidden_size)
 
-    def forward(self, images: Tensor, ids: Tensor, owners: Tensor, answered: Tensor) -> Tensor:
-        """float images, ids, owners, answered as in ``VlmBatch`` -> logits (number of answered, vocabulary)."""
+    def forward(self, images: Tensor, ids: Tensor, owners: Tensor, answered: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """float images, ids, owners, answered as in ``VlmBatch``.
+
+        Returns:
+            Logits of the answers' tokens (number of answered, vocabulary), and of the heads.
+        """
         model = self.llava.model
-        features = torch.stack(list(model.get_image_features(images).pooler_output))
+        seen = model.get_image_features(images)
+        features = torch.stack(list(seen.pooler_output))
+        dense = self.heads(model.vision_tower.post_layernorm(seen.last_hidden_state[:, 1:]))
         embeddings = model.get_input_embeddings()(ids)
         first = 2  # after <s><user>
         last = first + features.shape[1]
@@ -68,7 +80,7 @@ class AnswerModel(nn.Module):
         hidden = model.language_model(
             inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False
         ).last_hidden_state
-        return self.llava.lm_head(hidden[:, :-1][answered[:, 1:]])
+        return self.llava.lm_head(hidden[:, :-1][answered[:, 1:]]), dense
 
 
 def positions_and_mask(owners: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,12 +126,14 @@ class VlmTrainer(Trainer[AnswerModel, VlmBatch]):
         return [group for group in groups if group["params"]]
 
     def losses(self, batch: VlmBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy of the answers' tokens; every question weighs the same."""
-        logits, targets = self._logits(batch, self.forward)
-        losses = F.cross_entropy(logits.float(), targets, reduction="none")
+        """Cross-entropy of the answers' tokens, and of what is in the patches."""
+        logits, dense, targets = self._logits(batch, self.forward)
+        answers = F.cross_entropy(logits.float(), targets)
+        patches = dense_loss(dense, [target.to(self.device) for target in batch.labels])
         with torch.no_grad():
-            shown = {"accuracy_by_token": (logits.argmax(1) == targets).float().mean()}
-        return losses.mean(), shown
+            right = (logits.argmax(1) == targets).float().mean()
+        shown = {"answers": answers.detach(), "dense": patches.detach(), "accuracy_by_token": right}
+        return answers + self.config.dense_weight * patches, shown
 
     @torch.no_grad()
     def evaluate(self) -> list[dict[str, Any]]:
@@ -128,7 +142,7 @@ class VlmTrainer(Trainer[AnswerModel, VlmBatch]):
         results: dict[str, list[bool]] = defaultdict(list)
         for k in range(0, len(examples), _EVAL_BATCH):
             batch = self._collate(examples[k : k + _EVAL_BATCH], draws=1)
-            logits, targets = self._logits(batch, self.ema)
+            logits, _, targets = self._logits(batch, self.ema)
             right = (logits.argmax(1) == targets).cpu()
             rows, columns = batch.answered.nonzero(as_tuple=True)
             owners = batch.owners[rows, columns]
@@ -140,12 +154,12 @@ class VlmTrainer(Trainer[AnswerModel, VlmBatch]):
         by_type = {name: round(sum(values) / len(values), 4) for name, values in sorted(results.items())}
         return [{"exact_match": sum(everything) / max(1, len(everything)), **by_type}]
 
-    def _logits(self, batch: VlmBatch, model: Any) -> tuple[Tensor, Tensor]:
+    def _logits(self, batch: VlmBatch, model: Any) -> tuple[Tensor, list[Tensor], Tensor]:
         images = to_float(batch.images.to(self.device))
         ids, owners, answered = (t.to(self.device) for t in (batch.ids, batch.owners, batch.answered))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            logits = model(images, ids, owners, answered)
-        return logits, ids[:, 1:][answered[:, 1:]]
+            logits, dense = model(images, ids, owners, answered)
+        return logits, dense, ids[:, 1:][answered[:, 1:]]
 
 
 def export_vlm(llava: LlavaForConditionalGeneration, folder: Path) -> Path:
@@ -177,8 +191,14 @@ def collate(examples: Sequence[Example], tokenizer: Tokenizer, num_visual: int, 
     def padded(column: int, value: int) -> Tensor:
         return torch.tensor([row[column] + [value] * (length - len(row[column])) for row in rows])
 
-    images = stack_images(examples)
-    return VlmBatch(images, padded(0, special[PAD]), padded(1, -1), padded(2, 0).bool(), asked)
+    return VlmBatch(
+        stack_images(examples),
+        padded(0, special[PAD]),
+        padded(1, -1),
+        padded(2, 0).bool(),
+        asked,
+        stack_labels(examples, math.isqrt(num_visual)),
+    )
 
 
 def _questions(example: Example, draws: int) -> list[Question]:

@@ -73,7 +73,7 @@ def test_packed_questions_are_answered_as_if_each_were_alone(tiny: TinyModels) -
     batch = collate(examples, build_tokenizer(), num_image_tokens(llava), draws=2)
     images = batch.images.float() / 127.5 - 1
     with torch.no_grad():
-        packed = model(images, batch.ids, batch.owners, batch.answered)
+        packed, _ = model(images, batch.ids, batch.owners, batch.answered)
         alone = []
         for row, asked in enumerate(batch.questions):
             assert len(asked) > 3
@@ -93,7 +93,7 @@ def test_held_out_accuracy_is_that_of_generated_answers() -> None:
     examples = [make_example("test", k, side, []) for k in range(8)]
     batch = collate(examples, build_tokenizer(), num_image_tokens(mllm.model), draws=1)
     with torch.no_grad():
-        logits = AnswerModel(mllm.model)(to_float(batch.images), batch.ids, batch.owners, batch.answered)
+        logits, _ = AnswerModel(mllm.model)(to_float(batch.images), batch.ids, batch.owners, batch.answered)
     wrong = logits.argmax(1) != batch.ids[:, 1:][batch.answered[:, 1:]]
     rows, columns = batch.answered.nonzero(as_tuple=True)
     missed = {(int(r), int(batch.owners[r, c])) for r, c in zip(rows[wrong], columns[wrong], strict=True)}

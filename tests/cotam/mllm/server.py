@@ -33,7 +33,7 @@ class Served:
 
 @contextmanager
 def serving(name: str) -> Iterator[Served]:
-    """Serve the MLLM ``name``. ``faults``: status codes for the next requests; ``refused``: a question that gets 400."""
+    """Serve the MLLM ``name``. ``faults``: status codes of the next requests; ``refused``: a question that gets 400."""
     mllm: Mllm = load_mllm(MllmConfig(name=name))
     served = Served("")
     app, lock, asking = FastAPI(), threading.Lock(), threading.Lock()

@@ -16,9 +16,9 @@ from tests.cotam.mllm.server import Served, serving
 from tests.cotam.tiny_models import TinyModels
 
 SCENES = [sample_scene("test", k) for k in range(3)]
-ASKED = [
-    Asked(render(scene, 128 + 32 * k), [q.question for q in scene_questions(scene)]) for k, scene in enumerate(SCENES)
-]
+IMAGES = [render(scene, 128 + 32 * k) for k, scene in enumerate(SCENES)]
+QUESTIONS = [[q.question for q in scene_questions(scene)] for scene in SCENES]
+ASKED = [Asked(image, questions) for image, questions in zip(IMAGES, QUESTIONS, strict=True)]
 NUM_QUESTIONS = sum(len(asked.questions) for asked in ASKED)
 
 
