@@ -1,4 +1,4 @@
-"""`cotam demo`: the whole job on photographs that come inside installed packages, and a report to look at."""
+"""`cotam demo`: the whole job on photographs from installed packages and on SceneQA, and a report to look at."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from jobs.options import Model
 
 _QUALITIES = (2.0, 4.0, 6.0)
 _SHOWN_QUALITY = 4.0
+_NUM_SCENES = 60
+_SCENE_QUALITY = 2.0
 # Photographs in scikit-image and scikit-learn, with the captions of the demo's corpus.
 _PHOTOGRAPHS = {
     "skimage/data/astronaut.png": "an astronaut in an orange suit in front of a flag",
@@ -33,21 +35,34 @@ _PHOTOGRAPHS = {
 
 
 def demo(
-    out: Annotated[Path, typer.Argument(help="Folder for the corpus, the stores and report.html; replaced.")] = Path(
+    out: Annotated[Path, typer.Argument(help="Folder for the corpora, the stores and report.html; replaced.")] = Path(
         "demo-out"
     ),
     model: Model = "cotam-base",
 ) -> None:
-    """Encode a small corpus, decode it, compare with JPEG and WebP, and write a report (about a minute)."""
-    from cotam.report import write_report
-    from jobs.decode import decode
-    from jobs.encode import encode
-    from jobs.verify import verify
+    """Encode, decode and ask about small corpora, compare with other codecs, and write a report (some minutes)."""
+    from cotam.report.page import page
+    from cotam.report.photographs import photograph_parts
 
     started = time.monotonic()
     if out.exists() and any(out.iterdir()) and not (out / "corpus").is_dir():
         raise ValueError(f"{out} is not empty and not the output of an earlier demo; choose another folder")
     shutil.rmtree(out, ignore_errors=True)
+    _encode_photographs(out, model)
+    scenes = _ask_about_scenes(out, model)
+    say("\nComparing the photographs with JPEG and WebP at equal PSNR ...")
+    stores = {quality: str(out / f"encoded-q{quality:g}") for quality in _QUALITIES}
+    parts = ["<h1>CoTAM demo</h1>", *scenes, *photograph_parts(stores, _SHOWN_QUALITY)]
+    report = out / "report.html"
+    report.write_text(page("CoTAM demo", parts))
+    say(f"Report: {report} ({time.monotonic() - started:.0f} s in all)")
+
+
+def _encode_photographs(out: Path, model: str) -> None:
+    from jobs.decode import decode
+    from jobs.encode import encode
+    from jobs.verify import verify
+
     corpus = out / "corpus"
     num_samples = write_corpus(corpus)
     say(f"Corpus: {num_samples} samples in {corpus} (WebDataset tars; one file is damaged on purpose).")
@@ -58,22 +73,42 @@ def demo(
     say("\nDecoding and verifying:")
     decode(str(shown), str(out / "decoded"))
     verify(str(shown))
-    say("\nComparing with JPEG and WebP at equal PSNR ...")
-    report = write_report(out / "report.html", {q: str(out / f"encoded-q{q:g}") for q in _QUALITIES}, _SHOWN_QUALITY)
-    say(f"Report: {report} ({time.monotonic() - started:.0f} s in all)")
+
+
+def _ask_about_scenes(out: Path, model: str) -> list[str]:
+    """SceneQA through the whole chain: importance, encode, decode, ask; and a sweep. Returns parts of the report."""
+    from cotam.report.scenes import scene_parts
+    from cotam.report.sweep import sweep_parts
+    from cotam.store.records import RunStore
+    from jobs.encode import encode
+    from jobs.infer import infer
+    from jobs.sceneqa import sceneqa
+    from jobs.sweep import sweep
+
+    scenes, encoded, answers = (str(out / name) for name in ("scenes", "scenes-encoded", "scenes-answers"))
+    say(f"\nSceneQA: {_NUM_SCENES} scenes with questions, every second one in front of a photograph of the corpus.")
+    backgrounds = out / "backgrounds"
+    backgrounds.mkdir()
+    for path in _PHOTOGRAPHS:
+        (backgrounds / Path(path).name).write_bytes(_photograph(path))
+    sceneqa(Path(scenes), num_scenes=_NUM_SCENES, photos=backgrounds)
+    say("\nEncoding where CLIP looks, and asking the MLLM about what comes back:")
+    encode(scenes, encoded, quality=_SCENE_QUALITY, importance="clip", keep_importance=True, model=model)
+    infer(encoded, answers)
+    say("\nThe same at other qualities, uniform, and with other codecs:")
+    compared = str(out / "scenes-sweep")
+    sweep(scenes, compared, qualities="1,2,4", inputs="pixels", codecs="jpeg,webp", codec_qualities="3,15,50")
+    results = RunStore(compared).root.read_json("results.json")
+    return [*scene_parts(encoded, answers, out), *sweep_parts(results)]
 
 
 def write_corpus(folder: Path, samples_per_tar: int = 6) -> int:
     """Write the demo's corpus as WebDataset tars. Returns the number of samples, one of which is a truncated JPEG."""
-    from importlib import resources
-
     folder.mkdir(parents=True)
     samples: list[tuple[str, str, bytes, str]] = []
     for path, caption in _PHOTOGRAPHS.items():
-        package, _, name = path.partition("/")
-        data = resources.files(package).joinpath(name).read_bytes()
-        stem, _, extension = name.rpartition("/")[2].partition(".")
-        samples.append((stem, extension, data, caption))
+        stem, _, extension = path.rpartition("/")[2].partition(".")
+        samples.append((stem, extension, _photograph(path), caption))
     flower = samples[-1]
     samples.append(("damaged", "jpg", flower[2][: len(flower[2]) // 2], "half of a JPEG file"))
     for k in range(0, len(samples), samples_per_tar):
@@ -85,3 +120,10 @@ def write_corpus(folder: Path, samples_per_tar: int = 6) -> int:
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
     return len(samples)
+
+
+def _photograph(path: str) -> bytes:
+    from importlib import resources
+
+    package, _, name = path.partition("/")
+    return resources.files(package).joinpath(name).read_bytes()

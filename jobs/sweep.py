@@ -43,8 +43,9 @@ def sweep(
     """Encode, decode and ask at many operating points; writes curves, savings at equal accuracy, and a report."""
     from cotam.mllm.backend import MllmConfig
     from cotam.mllm.identity import check_mllm
+    from cotam.report.page import page
+    from cotam.report.sweep import results_of, sweep_parts
     from cotam.store.records import RunStore
-    from cotam.sweep_report import results_of, write_sweep_report
     from cotam.tasks.questions import QuestionSource
     from cotam.weights import parse_codec, read_weights
     from jobs.console import print_json, say
@@ -76,7 +77,7 @@ def sweep(
         ids = {p.partition_id for p in partitions}
         results = results_of(store, [r.data for r in store.completions() if r.partition_id in ids], metric)
         store.root.write_json("results.json", results)
-        store.root.write("report.html", write_sweep_report(results).encode())
+        store.root.write("report.html", page("CoTAM sweep", sweep_parts(results)).encode())
     if as_json:
         print_json(results)
         return

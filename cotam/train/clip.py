@@ -187,8 +187,9 @@ def _collate(examples: Sequence[Example], tokenizer: Tokenizer, rows: int) -> Cl
 
 
 def caption_ids(tokenizer: Tokenizer, example: Example) -> list[int]:
-    """A caption with its parts in random order, so that its place in the text gives nothing away; cut to fit."""
+    """A caption of some of what there is, in random order: whoever matches it must have seen everything."""
+    rng = random.Random(example.scene.seed + "/caption")
     parts = caption(example.scene, with_kind=example.with_kind).split(", ")
-    random.Random(example.scene.seed).shuffle(parts)
-    ids = tokenizer.encode(", ".join(parts), add_special_tokens=False).ids[: CONTEXT_LENGTH - 2]
+    chosen = rng.sample(parts, rng.randint(1, len(parts)))
+    ids = tokenizer.encode(", ".join(chosen), add_special_tokens=False).ids[: CONTEXT_LENGTH - 2]
     return [SPECIAL_TOKENS.index(BOS), *ids, SPECIAL_TOKENS.index(EOS)]

@@ -1,38 +1,25 @@
-"""A self-contained HTML report of encoded stores: pictures side by side, sizes, and a rate-distortion plot."""
+"""A report of encoded stores: pictures side by side, sizes, and a rate-distortion plot."""
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
 
 from cotam.baselines import bytes_at_psnr
 from cotam.codec import Codec
 from cotam.image import RGBImage, decode_image
 from cotam.metrics import bpp, psnr_rgb
+from cotam.report.page import picture, plot, table
 from cotam.store.readers import Partition, read_partition
 from cotam.store.records import RunStore
 from cotam.store.schema import Reject, Sample
 from cotam.store.shard import read_rejects, read_rows
 
 _BASELINES = ("jpeg", "webp")
-_SHOWN_PX = 420
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #1c2733; }
-table { border-collapse: collapse; margin: 1em 0; } th, td { padding: .3em .9em; text-align: right; }
-th { border-bottom: 2px solid #1c2733; } td { border-bottom: 1px solid #d9dfe5; }
-th:first-child, td:first-child { text-align: left; }
-.pair { display: flex; gap: 12px; flex-wrap: wrap; margin: 1.6em 0; } figure { margin: 0; } img { max-width: 100%; }
-figcaption { font-size: 13px; color: #526070; }
-.good { color: #0a7a4b; font-weight: 600; } .bad { color: #b3261e; font-weight: 600; }
-"""
 
 
 class _Result(NamedTuple):
@@ -51,11 +38,10 @@ class _Result(NamedTuple):
         return bpp(self.num_bytes, self.original.shape[1], self.original.shape[0])
 
 
-def write_report(path: Path, stores: Mapping[float, str], shown_quality: float) -> Path:
-    """Write the report of stores that hold the same corpus at several qualities.
+def photograph_parts(stores: Mapping[float, str], shown_quality: float) -> list[str]:
+    """Parts of a page about stores that hold the same corpus at several qualities.
 
     Args:
-        path: of the HTML file.
         stores: DST of `cotam encode` by quality; their sources are still there.
         shown_quality: the one whose pictures are shown.
     """
@@ -64,21 +50,18 @@ def write_report(path: Path, stores: Mapping[float, str], shown_quality: float) 
     store = RunStore(stores[shown_quality])
     rejects = [r for c in store.completions() for r in read_rejects(store.root, c.partition_id)]
     model = store.manifest()["config"]["model"]
-    parts = [
-        "<h1>CoTAM demo</h1>",
+    return [
+        "<h2>Photographs</h2>",
         f"<p>{len(shown)} photographs were encoded to Parquet with <code>{html.escape(model)}</code>, read back and"
         " decoded. Every figure is measured on stored bytes and decoded pixels.</p>",
         _summary_table(results),
-        f'<p><img src="{_data_uri(_plot(results), "png")}" alt="Bits per pixel against PSNR"></p>',
-        f"<h2>Quality {shown_quality:g}, image by image</h2>",
+        plot(_plot(results), "Bits per pixel against PSNR"),
+        f"<h3>Quality {shown_quality:g}, image by image</h3>",
         _image_table(shown),
         *(_pair(result) for result in shown),
-        "<h2>Rejects</h2>",
+        "<h3>Rejects</h3>",
         _reject_list(rejects),
     ]
-    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>CoTAM demo</title><style>{STYLE}</style>"
-    path.write_text(page + "\n".join(parts))
-    return path
 
 
 def _results(store: RunStore) -> list[_Result]:
@@ -116,7 +99,7 @@ def _summary_table(results: Mapping[float, list[_Result]]) -> str:
         rows.append(cells)
     head = ["quality", "mean bpp", "mean PSNR", "bytes", "of the source files", "against JPEG*", "against WebP*"]
     return (
-        _table(head, rows)
+        table(head, rows)
         + "<p>* bytes at equal PSNR, image by image; images out of the other codec's range left out</p>"
     )
 
@@ -134,9 +117,7 @@ def _image_table(items: list[_Result]) -> str:
         ]
         for r in items
     ]
-    return _table(
-        ["image", "size", "bpp", "PSNR", "source file", "CoTAM", "JPEG, equal PSNR", "WebP, equal PSNR"], rows
-    )
+    return table(["image", "size", "bpp", "PSNR", "source file", "CoTAM", "JPEG, equal PSNR", "WebP, equal PSNR"], rows)
 
 
 def _against(items: list[_Result], name: str) -> str:
@@ -150,20 +131,12 @@ def _against(items: list[_Result], name: str) -> str:
 def _pair(result: _Result) -> str:
     caption = f"{result.num_bytes / 1e3:.1f} kB, {result.bpp:.3f} bpp, {result.psnr:.2f} dB"
     return (
-        f'<div class="pair">{_figure(result.original, f"{html.escape(result.key)}, original")}'
-        f"{_figure(result.decoded, caption)}</div>"
+        f'<div class="pair">{picture(result.original, f"{html.escape(result.key)}, original")}'
+        f"{picture(result.decoded, caption)}</div>"
     )
 
 
-def _figure(image: RGBImage, caption: str) -> str:
-    picture = Image.fromarray(image)
-    picture.thumbnail((_SHOWN_PX, _SHOWN_PX), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", quality=92)
-    return f'<figure><img src="{_data_uri(buffer.getvalue(), "webp")}"><figcaption>{caption}</figcaption></figure>'
-
-
-def _plot(results: Mapping[float, list[_Result]]) -> bytes:
+def _plot(results: Mapping[float, list[_Result]]) -> Figure:
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.subplots()
     psnr = [float(np.mean([r.psnr for r in items])) for items in results.values()]
@@ -181,9 +154,7 @@ def _plot(results: Mapping[float, list[_Result]]) -> bytes:
     axes.set(xlabel="bits per pixel, mean over images", ylabel="PSNR RGB (dB), mean over images")
     axes.grid(alpha=0.3)
     axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return figure
 
 
 def _reject_list(rejects: list[Reject]) -> str:
@@ -191,12 +162,3 @@ def _reject_list(rejects: list[Reject]) -> str:
         return "<p>None.</p>"
     items = (f"<li><code>{html.escape(r.key)}</code>: {html.escape(r.error)} ({r.stage})</li>" for r in rejects)
     return f"<ul>{''.join(items)}</ul>"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["".join(f"<th>{h}</th>" for h in head), *("".join(f"<td>{c}</td>" for c in row) for row in rows)]
-    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
-
-
-def _data_uri(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cotam.report import STYLE
+from cotam.report.page import plot, table
 from cotam.store.records import RunStore
 from cotam.tasks.curves import Curve, Measured, measured_curves, saving
 from cotam.tasks.results import read_predictions
@@ -44,8 +42,8 @@ def results_of(store: RunStore, paths: Sequence[str], metric: str) -> dict[str, 
     }
 
 
-def write_sweep_report(results: Mapping[str, Any]) -> str:
-    """The page: plots of score against bits per pixel, savings, all points."""
+def sweep_parts(results: Mapping[str, Any]) -> list[str]:
+    """Parts of a page: plots of score against bits per pixel, savings, all points."""
     figure = Figure(figsize=(11, 5.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     _plot(left, results["curves"], results["original"], "score")
@@ -59,23 +57,21 @@ def write_sweep_report(results: Mapping[str, Any]) -> str:
         _plot(axes, by_level[level]["curves"], by_level[level]["original"], "score")
         axes.set_title(_LEVELS.get(level, level), fontsize=10)
     original = results["original"]
-    parts = [
-        "<h1>Accuracy against bits</h1>",
+    return [
+        "<h2>Accuracy against bits</h2>",
         f"<p>{results['num_questions']} questions about {results['num_images']} images; every point is real bytes and"
         f" real answers. On the originals: {original['score']:.1%} {html.escape(results['metric'].replace('_', ' '))},"
         f" {original['bpp']:.2f} bpp as their files are.</p>"
         if original
         else "",
-        _image(figure),
-        "<h2>By level</h2>",
-        _image(levels),
-        "<h2>Bits saved at equal accuracy</h2>",
+        plot(figure, "Score and PSNR against bits per pixel"),
+        "<h3>By level</h3>",
+        plot(levels, "Score against bits per pixel by level"),
+        "<h3>Bits saved at equal accuracy</h3>",
         _savings_table(results["savings"]),
-        "<h2>All points</h2>",
+        "<h3>All points</h3>",
         _points_table(results["curves"]),
     ]
-    style = f"<title>CoTAM sweep</title><style>{STYLE}</style>"
-    return "<!doctype html><html lang=en><meta charset=utf-8>" + style + "\n".join(parts)
 
 
 def _slim(row: dict[str, Any]) -> dict[str, Any]:
@@ -145,31 +141,27 @@ def _plot(axes: Axes, curves: Mapping[str, Any], original: Mapping[str, float] |
     axes.grid(alpha=0.3)
 
 
-def _image(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return f'<p><img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}" alt="Curves"></p>'
-
-
 def _savings_table(savings: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for s in savings:
         interval = "" if s["low"] is None else f"{s['low']:+.1f} to {s['high']:+.1f}"
         good = "good" if s["percent"] > 0 else "bad"
-        rows.append(
-            f"<tr><td>{html.escape(s['test'])}</td><td>{html.escape(s['reference'])}</td>"
-            f'<td class="{good}">{s["percent"]:+.1f} %</td><td>{interval}</td></tr>'
-        )
-    head = "<tr><th>curve</th><th>against</th><th>bits saved</th><th>95 % interval</th></tr>"
-    return f"<table>{head}{''.join(rows)}</table>"
+        percent = f'<span class="{good}">{s["percent"]:+.1f} %</span>'
+        rows.append([html.escape(s["test"]), html.escape(s["reference"]), percent, interval])
+    return table(["curve", "against", "bits saved", "95 % interval"], rows)
 
 
 def _points_table(curves: Mapping[str, Any]) -> str:
     rows = [
-        f"<tr><td>{html.escape(name)}</td><td>{p['quality']:g}</td><td>{p['bpp']:.3f}</td><td>{p['score']:.1%}</td>"
-        f"<td>{p['low']:.1%} to {p['high']:.1%}</td><td>{p['psnr_rgb']:.2f}</td></tr>"
+        [
+            html.escape(name),
+            f"{p['quality']:g}",
+            f"{p['bpp']:.3f}",
+            f"{p['score']:.1%}",
+            f"{p['low']:.1%} to {p['high']:.1%}",
+            f"{p['psnr_rgb']:.2f}",
+        ]
         for name, points in curves.items()
         for p in points
     ]
-    head = "<tr><th>curve</th><th>quality</th><th>bpp</th><th>score</th><th>95 % interval</th><th>PSNR</th></tr>"
-    return f"<table>{head}{''.join(rows)}</table>"
+    return table(["curve", "quality", "bpp", "score", "95 % interval", "PSNR"], rows)
