@@ -84,7 +84,9 @@ def check_rgb(image: RGBImage) -> None:
 def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:
     image.load()
     upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I") or upright.mode == "F":
+    if upright.mode == "F":
+        raise ImageError("floating-point samples, whose range no file says: convert it to 8 or 16 bits")
+    if upright.mode.startswith("I"):
         samples = np.asarray(upright).astype(np.float64)
         # 16-bit files arrive as "I;16" or, from older encoders, as 32-bit integers; 8-bit ones never do.
         upright = Image.fromarray((samples / 256).clip(0, 255).astype(np.uint8))

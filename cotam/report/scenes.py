@@ -38,11 +38,11 @@ def scene_parts(encoded: str, answers: str, folder: Path) -> list[str]:
         f" {metrics['bpp']:.3f} bits per pixel, decoded, and answered by a multimodal LLM.</p>",
         _scores(metrics),
     ]
-    rows = (row for record in store.completions() for row in read_rows(store.root, record.data))
-    for row in islice(rows, _NUM_SHOWN):
-        path = folder / f"{row.key}.png"
-        write_picture(row, codec, path)
-        parts += [png_file(path, f"How {row.key} was encoded"), _answers(predictions.get(row.key, []))]
+    encoded_rows = (row for record in store.completions() for row in read_rows(store.root, record.data))
+    for image in islice(encoded_rows, _NUM_SHOWN):
+        path = folder / f"{image.key}.png"
+        write_picture(image, codec, path)
+        parts += [png_file(path, f"How {image.key} was encoded"), _answers(predictions.get(image.key, []))]
     return parts
 
 

@@ -64,6 +64,13 @@ def test_16_bit_samples_keep_their_upper_8_bits() -> None:
     np.testing.assert_array_equal(decode_image(tiff).pixels, expected)
 
 
+def test_floating_point_samples_are_refused_since_their_range_is_unknown() -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 200, np.float32)).save(file, "TIFF")
+    with pytest.raises(ImageError, match="floating-point samples"):
+        decode_image(file.getvalue())
+
+
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr"])
 def test_other_colour_models_become_rgb(mode: str) -> None:
     white = Image.new("RGB", (20, 10), "white").convert(mode)
