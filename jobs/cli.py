@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Sequence
 
 import typer
 from typer.exceptions import TyperException
@@ -16,6 +17,7 @@ from jobs.infer import infer
 from jobs.inspect import inspect
 from jobs.sceneqa import sceneqa
 from jobs.status import status
+from jobs.submit import submit
 from jobs.sweep import sweep
 from jobs.train import train_app
 from jobs.verify import verify
@@ -30,9 +32,19 @@ app = typer.Typer(
 )
 _USAGE_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, FileExistsError)
 
-for command in (encode, decode, infer, sweep, status, verify, inspect, sceneqa, demo):
+for command in (encode, decode, infer, sweep, status, verify, inspect, sceneqa, demo, submit):
     app.command()(command)
 app.add_typer(train_app, name="train")
+
+
+def check_command(arguments: Sequence[str]) -> None:
+    """Parse a command line without running it. Raises what a wrong one raises when it is run."""
+    command = typer.main.get_command(app)
+    context = command.make_context("cotam", list(arguments), resilient_parsing=False)
+    while isinstance(command, typer.core.TyperGroup):
+        name, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        assert command is not None and name is not None  # resolve_command raises otherwise
+        context = command.make_context(name, rest, parent=context)
 
 
 def main() -> None:

@@ -1,0 +1,57 @@
+"""`cotam submit`: run a command on a Ray cluster, through Ray Jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+from typing import Annotated
+
+import typer
+
+_DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+
+
+def submit(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(help="After --: the command, as in `cotam submit -- encode SRC DST`.", metavar="-- ..."),
+    ],
+    address: Annotated[
+        str, typer.Option(help="The cluster's dashboard.", envvar="RAY_API_SERVER_ADDRESS")
+    ] = _DEFAULT_ADDRESS,
+    detach: Annotated[bool, typer.Option(help="Print the job's id and leave it to itself.")] = False,
+) -> int:
+    """Submit a command to a Ray cluster and follow its log; ends with its exit status.
+
+    Interrupting it leaves the job running: `ray job logs|status|stop ID --address ...`.
+    """
+    from ray.job_submission import JobSubmissionClient
+
+    from jobs.cli import check_command
+    from jobs.console import say, warn
+
+    check_command(arguments)
+    try:
+        client = JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError) as error:
+        raise ValueError(f"no Ray dashboard at {address}; name it with --address ({_first_line(error)})") from None
+    job = client.submit_job(entrypoint=shlex.join(["cotam", *arguments]), metadata={"cotam": arguments[0]})
+    if detach:
+        say(job)
+        return 0
+    warn(f"job {job} on {address}")
+    asyncio.run(_follow(client, job))
+    info = client.get_job_info(job)
+    status = info.driver_exit_code
+    if status is None:  # stopped, or never started
+        raise ValueError(f"job {job} {str(info.status).lower()}: {_first_line(info.message or 'no exit status')}")
+    return int(status)
+
+
+async def _follow(client, job: str) -> None:  # type: ignore[no-untyped-def]  # of a class that Ray imports lazily
+    async for lines in client.tail_job_logs(job):
+        print(lines, end="", flush=True)
+
+
+def _first_line(value: object) -> str:
+    return (str(value).strip().splitlines() or [""])[0][:300]
