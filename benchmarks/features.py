@@ -21,7 +21,7 @@ from torch import Tensor
 from cotam.adapter import load_adapter
 from cotam.codec import Codec
 from cotam.image import RGBImage
-from cotam.importance import DEFAULT_CLIP, DEFAULT_LAYER
+from cotam.importance import Attention
 from cotam.importance.estimate import ImportanceEstimator
 from cotam.importance.tower import AttentionTower
 from cotam.losses import token_distance
@@ -45,7 +45,7 @@ def main() -> None:
     mllm = load_mllm(MllmConfig(name=arguments.mllm))
     assert isinstance(mllm, LlavaMllm)
     adapter = load_adapter(arguments.adapter).model
-    estimator = ImportanceEstimator(AttentionTower.load(DEFAULT_CLIP, DEFAULT_LAYER))
+    estimator = ImportanceEstimator(AttentionTower.load(Attention()))
     images = [render(sample_scene("test", k)) for k in range(arguments.scenes)]
     maps = estimator(images)
     targets = states(mllm, images)

@@ -32,7 +32,12 @@ PACKAGED: dict[str, str] = {
     "cotam-base": "4f2d070254663bb9743f9633bbc03500552fce01e509ad194c1baddd63e41b23",
 }
 # Packaged folders by name: the sha256 of the weights in cotam/packaged/{name}.
-PACKAGED_FOLDERS: dict[str, tuple[str, str]] = {}
+PACKAGED_FOLDERS: dict[str, tuple[str, str]] = {
+    "cotam-clip-tiny": (
+        "open_clip_model.safetensors",
+        "10610c61d74f582792ced8e5a65c556c0323dea9d84c38542e0058ddf5f28850",
+    ),
+}
 _MAX_FILE_BYTES = 2**30
 _Arrays = dict[str, NDArray[Any]]
 

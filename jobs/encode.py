@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from cotam.image import MAX_PIXELS
-from cotam.importance import DEFAULT_CLIP, DEFAULT_LAYER, DEFAULT_STRENGTH
-from jobs.options import Clip, CpusPerWorker, GpusPerWorker, Json, Layer, Model, NumWorkers, RayAddress
+from cotam.importance import DEFAULT_STRENGTH, Attention
+from jobs.options import Clip, CpusPerWorker, GpusPerWorker, Json, Layer, Model, NumWorkers, Queries, RayAddress
 
 
 def encode(
@@ -24,8 +24,9 @@ def encode(
     strength: Annotated[
         float, typer.Option(help="Quality levels that an importance of 1 lies above one of 0.")
     ] = DEFAULT_STRENGTH,
-    clip: Clip = DEFAULT_CLIP,
-    layer: Layer = DEFAULT_LAYER,
+    clip: Clip = Attention.clip,
+    layer: Layer = Attention.layer,
+    queries: Queries = Attention.queries,
     keep_importance: Annotated[bool, typer.Option(help="Store the importance maps.")] = False,
     image_column: Annotated[str | None, typer.Option(help="Image column of Parquet input.")] = None,
     max_pixels: Annotated[int, typer.Option(help="Larger images are rejects.", min=1)] = MAX_PIXELS,
@@ -51,15 +52,15 @@ def encode(
     num_levels = loaded.model.config.num_levels
     if not 1 <= quality <= num_levels:
         raise typer.BadParameter(f"--quality {quality:g} is outside [1, {num_levels}] of {model}")
-    clip_sha256 = ""
+    attention, clip_sha256 = Attention(clip=clip, layer=layer, queries=queries), ""
     if importance == "clip":
         from cotam.importance.tower import AttentionTower
 
-        clip_sha256 = AttentionTower.load(clip, layer).fingerprint()
+        clip_sha256 = AttentionTower.load(attention).fingerprint()
     partitions = list_partitions(src, image_column)
     config = EncodeConfig(
         model=model, model_sha256=loaded.sha256, quality=quality, max_pixels=max_pixels, keep_rejects=keep_rejects,
-        importance=importance, clip=clip, layer=layer, clip_sha256=clip_sha256, strength=strength,
+        importance=importance, attention=attention, clip_sha256=clip_sha256, strength=strength,
         keep_importance=keep_importance,
     )  # fmt: skip
     store = RunStore(dst)

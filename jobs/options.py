@@ -23,4 +23,5 @@ Prompt = Annotated[str, typer.Option(help="What is asked, with {question} in it.
 Clip = Annotated[
     str, typer.Option(help="Whose attention: a packaged CLIP, a folder, or an open_clip ViT, ARCHITECTURE:PRETRAINED.")
 ]
+Queries = Annotated[str, typer.Option(help="Whose queries of that layer: class (token), or all.")]
 Layer = Annotated[int, typer.Option(help="Layer of --clip whose attention is read, from 1.", min=1)]

@@ -8,9 +8,21 @@ from typing import Annotated
 
 import typer
 
-from cotam.importance import DEFAULT_CLIP, DEFAULT_LAYER, DEFAULT_STRENGTH
+from cotam.importance import DEFAULT_STRENGTH, Attention
 from cotam.tasks.scores import SCORES
-from jobs.options import Adapter, Clip, CpusPerWorker, GpusPerWorker, Json, Layer, Mllm, Model, NumWorkers, RayAddress
+from jobs.options import (
+    Adapter,
+    Clip,
+    CpusPerWorker,
+    GpusPerWorker,
+    Json,
+    Layer,
+    Mllm,
+    Model,
+    NumWorkers,
+    Queries,
+    RayAddress,
+)
 
 _DEFAULT_BASELINES = "jpeg,webp,avif"
 
@@ -31,8 +43,9 @@ def sweep(
     mllm: Mllm = "cotam-vlm-tiny",
     adapter: Adapter = "cotam-adapter-tiny",
     model: Model = "cotam-base",
-    clip: Clip = DEFAULT_CLIP,
-    layer: Layer = DEFAULT_LAYER,
+    clip: Clip = Attention.clip,
+    layer: Layer = Attention.layer,
+    queries: Queries = Attention.queries,
     metric: Annotated[str, typer.Option(help=f"Score of an answer: {', '.join(SCORES)}.")] = "exact_match",
     num_workers: NumWorkers = 0,
     cpus_per_worker: CpusPerWorker = 1.0,
@@ -64,7 +77,8 @@ def sweep(
     QuestionSource(task)
     config = SweepConfig(
         points=tuple(points), task=task, metric=metric, mllm=asked, **check_mllm(asked), model=model,
-        model_sha256=parse_codec(read_weights(model), model).sha256, clip=clip, layer=layer,
+        model_sha256=parse_codec(read_weights(model), model).sha256, 
+        attention=Attention(clip=clip, layer=layer, queries=queries),
     )  # fmt: skip
     partitions = list_partitions(src, None)
     store = RunStore(dst)

@@ -8,7 +8,8 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from cotam.importance import DEFAULT_CLIP, DEFAULT_LAYER
+from cotam.importance import Attention
+from jobs.options import Clip, Layer, Queries
 
 train_app = typer.Typer(help="Train the packaged models; resumable, the same on CPU and GPU.", no_args_is_help=True)
 
@@ -93,8 +94,9 @@ def adapter(
     config: ConfigFile = None,
     codec: Annotated[str, typer.Option(help="Codec: packaged name, path or URI.")] = "cotam-base",
     mllm: Annotated[str, typer.Option(help="LLaVA: packaged name, folder, or hf:NAME.")] = "cotam-vlm-tiny",
-    clip: Annotated[str, typer.Option(help="CLIP whose attention is the importance.")] = DEFAULT_CLIP,
-    layer: Annotated[int, typer.Option(help="Layer of --clip.", min=1)] = DEFAULT_LAYER,
+    clip: Clip = Attention.clip,
+    layer: Layer = Attention.layer,
+    queries: Queries = Attention.queries,
     photographs: Photographs = None,
     max_minutes: MaxMinutes = None,
     max_steps: MaxSteps = None,
@@ -106,7 +108,7 @@ def adapter(
 
     data = {"photographs": tuple(photographs or ())}
     settings = _settings(AdapterTrainConfig, config, data, max_minutes, max_steps)
-    train_adapter(settings, out, codec, mllm, clip, layer, device)
+    train_adapter(settings, out, codec, mllm, Attention(clip=clip, layer=layer, queries=queries), device)
 
 
 def _settings(

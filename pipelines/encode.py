@@ -11,7 +11,7 @@ import torch
 
 from cotam.codec import Codec
 from cotam.image import MAX_PIXELS
-from cotam.importance import DEFAULT_CLIP, DEFAULT_LAYER, DEFAULT_STRENGTH
+from cotam.importance import DEFAULT_STRENGTH, Attention
 from cotam.importance.source import from_member
 from cotam.store.readers import Partition, member_types, read_partition
 from cotam.store.records import Completion, RunStore
@@ -32,8 +32,8 @@ class EncodeConfig:
         max_pixels: larger images are rejects.
         keep_rejects: store the original bytes of rejects.
         importance: "none", "clip", or the name of a member of the samples as "member:NAME".
-        clip, layer: the tower and the layer of it whose attention is read.
-        clip_sha256: its fingerprint.
+        attention: whose attention, for "clip".
+        clip_sha256: the fingerprint of its tower.
         strength: how many quality levels an importance of 1 lies above one of 0.
         keep_importance: store the maps.
     """
@@ -44,8 +44,7 @@ class EncodeConfig:
     max_pixels: int = MAX_PIXELS
     keep_rejects: bool = True
     importance: str = "none"
-    clip: str = DEFAULT_CLIP
-    layer: int = DEFAULT_LAYER
+    attention: Attention = dataclasses.field(default_factory=Attention)
     clip_sha256: str = ""
     strength: float = DEFAULT_STRENGTH
     keep_importance: bool = False
@@ -110,9 +109,9 @@ def _steering(config: EncodeConfig, device: str) -> Steering | None:
         from cotam.importance.estimate import ImportanceEstimator, from_estimator  # open_clip takes seconds to import
         from cotam.importance.tower import AttentionTower
 
-        tower = AttentionTower.load(config.clip, config.layer)
+        tower = AttentionTower.load(config.attention)
         if config.clip_sha256 and tower.fingerprint() != config.clip_sha256:
-            raise ValueError(f"{config.clip} differs from the weights that this run started with")
+            raise ValueError(f"{config.attention.clip} differs from the weights that this run started with")
         source = from_estimator(ImportanceEstimator(tower, device))
     else:
         source = from_member(config.importance.removeprefix("member:"))

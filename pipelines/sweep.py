@@ -17,7 +17,7 @@ import torch
 from cotam.baselines import BASELINES, transcode
 from cotam.codec import Codec
 from cotam.image import MAX_PIXELS
-from cotam.importance import DEFAULT_CLIP, DEFAULT_LAYER
+from cotam.importance import Attention
 from cotam.importance.estimate import ImportanceEstimator
 from cotam.importance.source import ImportanceMap
 from cotam.importance.tower import AttentionTower
@@ -64,7 +64,7 @@ class SweepConfig:
         mllm: which MLLM; its adapter is used at points whose input is "tokens".
         mllm_sha256, adapter_sha256: of their weights.
         model, model_sha256: the codec.
-        clip, layer: whose attention is the importance.
+        attention: whose is the importance.
         max_pixels: larger images are rejects.
     """
 
@@ -76,8 +76,7 @@ class SweepConfig:
     adapter_sha256: str = ""
     model: str = "cotam-base"
     model_sha256: str = ""
-    clip: str = DEFAULT_CLIP
-    layer: int = DEFAULT_LAYER
+    attention: Attention = dataclasses.field(default_factory=Attention)
     max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
@@ -120,7 +119,7 @@ class SweepTask:
         self._mllms = {name: load_mllm(chosen[name], device, self._codec.sha256) for name in sorted(inputs)}
         self._estimator = None
         if any(point.strength for point in config.points):
-            self._estimator = ImportanceEstimator(AttentionTower.load(config.clip, config.layer), device)
+            self._estimator = ImportanceEstimator(AttentionTower.load(config.attention), device)
 
     def process(self, partition: Partition, store: RunStore, report: Report) -> Completion:
         """Measure one partition; publishes rejects, then rows. Errors as ``PartitionTask.process``."""

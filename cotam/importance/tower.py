@@ -1,4 +1,4 @@
-"""A CLIP image tower up to one shallow layer, and the attention of its class token there."""
+"""A CLIP image tower up to one layer, and the attention of its tokens there."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from cotam.importance import Attention
 from cotam.weights import PACKAGED_FOLDERS, model_folder
 
 
@@ -66,14 +67,15 @@ def _load_folder(folder: Path) -> LoadedClip:
 
 
 class AttentionTower(nn.Module):
-    """Attention of the class token over patches in layer ``layer`` of a ViT, averaged over heads.
+    """Attention over patches in layer ``layer`` of a ViT, averaged over heads: of the class token, or of all tokens.
 
-    Only the layers below run, and of the layer itself only the queries of the class token and the keys (early exit).
-    Images of any aspect are taken: positions are interpolated.
+    Only the layers below run, and of the layer itself only queries and keys (early exit). Images of any aspect are
+    taken: positions are interpolated.
 
     Args:
         visual: open_clip's image tower, a plain ViT. Its later layers are dropped.
         layer: which layer is read, from 1.
+        queries: "class", or "all": half the class token's attention, half the mean of the patches'.
         mean, std: of the channels, for pixels in [0, 1].
 
     Raises:
@@ -83,7 +85,14 @@ class AttentionTower(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, visual: nn.Module, layer: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(
+        self,
+        visual: nn.Module,
+        layer: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        queries: str = "class",
+    ) -> None:
         super().__init__()
         if not isinstance(visual, VisionTransformer) or not isinstance(
             visual.transformer.resblocks[0], ResidualAttentionBlock
@@ -92,7 +101,7 @@ class AttentionTower(nn.Module):
         blocks = visual.transformer.resblocks
         if not 1 <= layer <= len(blocks):
             raise ValueError(f"layer {layer} is outside [1, {len(blocks)}] of this tower")
-        self.visual, self.layer = visual, layer
+        self.visual, self.layer, self.queries = visual, layer, queries
         visual.transformer.resblocks = blocks[:layer]
         self.patch_px: int = visual.patch_size[0]
         self.grid: tuple[int, int] = visual.grid_size
@@ -101,16 +110,16 @@ class AttentionTower(nn.Module):
         self.eval().requires_grad_(False)
 
     @classmethod
-    def load(cls, name: str, layer: int) -> AttentionTower:
-        """The image tower of ``load_clip(name)``. Raises ValueError as that does, or for an unknown layer."""
-        loaded = load_clip(name)
-        return cls(loaded.model.visual, layer, loaded.mean, loaded.std)
+    def load(cls, attention: Attention) -> AttentionTower:
+        """The image tower of ``load_clip``. Raises ValueError as that does, or for an unknown layer."""
+        loaded = load_clip(attention.clip)
+        return cls(loaded.model.visual, attention.layer, loaded.mean, loaded.std, attention.queries)
 
     def fingerprint(self) -> str:
         """The sha256 of everything that attention depends on, hexadecimal."""
         blocks = self.visual.transformer.resblocks
         activation = type(blocks[0].mlp.gelu).__name__
-        digest = hashlib.sha256(f"{self.layer} {blocks[0].attn.num_heads} {activation}".encode())
+        digest = hashlib.sha256(f"{self.layer} {self.queries} {blocks[0].attn.num_heads} {activation}".encode())
         for part in (self.visual.conv1, self.visual.ln_pre, *blocks):
             for name, tensor in sorted(part.state_dict().items()):
                 digest.update(name.encode())
@@ -143,12 +152,20 @@ class AttentionTower(nn.Module):
         x = read.ln_1(x)
         width, num_heads = x.shape[2], read.attn.num_heads
         weight, bias = read.attn.in_proj_weight, read.attn.in_proj_bias
-        query = F.linear(x[:, :1], weight[:width], bias[:width]).unflatten(2, (num_heads, -1)).transpose(1, 2)
-        keys = F.linear(x, weight[width : 2 * width], bias[width : 2 * width])
-        keys = keys.unflatten(2, (num_heads, -1)).transpose(1, 2)
-        scores = (query @ keys.transpose(2, 3)).float() / math.sqrt(width // num_heads)
-        attention: Tensor = scores.softmax(dim=-1).mean(dim=1)[:, 0, 1:]
-        return attention.unflatten(1, (rows, columns))
+        asking = x if self.queries == "all" else x[:, :1]
+        queries = F.linear(asking, weight[:width], bias[:width]).unflatten(2, (num_heads, -1))
+        keys = F.linear(x, weight[width : 2 * width], bias[width : 2 * width]).unflatten(2, (num_heads, -1))
+        scale = 1 / math.sqrt(width // num_heads)
+        attention = torch.zeros(len(x), asking.shape[1], x.shape[1], device=x.device)
+        for head in range(num_heads):  # one at a time: (B, tokens, tokens) is enough memory
+            scores = queries[:, :, head] @ keys[:, :, head].transpose(1, 2)
+            attention += (scores.float() * scale).softmax(dim=-1) / num_heads
+        over_patches = attention[:, 0, 1:]
+        if self.queries == "all":
+            patches = attention[:, 1:, 1:].mean(dim=1)
+            shares = [part / part.sum(dim=1, keepdim=True) for part in (over_patches, patches)]
+            over_patches = (shares[0] + shares[1]) / 2
+        return over_patches.unflatten(1, (rows, columns))
 
     @functools.lru_cache(maxsize=32)  # noqa: B019 - a tower lives as long as its process
     def _positions(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -113,6 +113,7 @@ class ClipTrainConfig(Schedule):
         text_width, text_layers: of the text tower.
         embed_dim: of the common space.
         dense_weight: of the patches' loss (what is in this patch) beside the contrastive one.
+        words_weight: of the loss of the caption's tokens.
         data: scenes.
     """
 
@@ -125,6 +126,7 @@ class ClipTrainConfig(Schedule):
     text_layers: int = 3
     embed_dim: int = 128
     dense_weight: float = 1.0
+    words_weight: float = 1.0
     data: SceneConfig = dataclasses.field(default_factory=SceneConfig)
     batch_size: int = 64
     weight_decay: float = 0.02

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import yaml
 from torch import nn
 
+from cotam.importance import Attention
 from cotam.train.config import AdapterTrainConfig, ClipTrainConfig, CodecTrainConfig, Schedule, VlmTrainConfig
 from cotam.train.trainer import Trainer
 from cotam.weights import dump_codec, parse_codec, read_weights
@@ -95,12 +96,12 @@ def train_vlm(config: VlmTrainConfig, out: Path, clip: str, device: str | None =
 
 
 def train_adapter(
-    config: AdapterTrainConfig, out: Path, codec: str, mllm: str, clip: str, layer: int, device: str | None = None
+    config: AdapterTrainConfig, out: Path, codec: str, mllm: str, attention: Attention, device: str | None = None
 ) -> Path:
     """Train, or go on with, an adapter in ``out``. Returns the exported weights, ``out``/adapter.safetensors.
 
-    Args and errors as of ``train_codec``; ``codec``, ``mllm`` and ``clip`` are names or paths; ``layer`` of the CLIP is
-    read for importance. The MLLM has to be a LLaVA.
+    Args and errors as of ``train_codec``; ``codec`` and ``mllm`` are names or paths, ``attention`` is the importance.
+    The MLLM has to be a LLaVA.
     """
     from cotam.adapter import dump_adapter
     from cotam.codec import Codec
@@ -116,7 +117,7 @@ def train_adapter(
         if not isinstance(llava, LlavaMllm):
             raise ValueError(f"{mllm} is not a LLaVA: an adapter needs its CLIP tower")
         # In the rendering processes, which have no GPU.
-        estimator = ImportanceEstimator(AttentionTower.load(clip, layer))
+        estimator = ImportanceEstimator(AttentionTower.load(attention))
         trainer = AdapterTrainer(config, out, Codec.load(codec), llava, estimator, chosen)
         model = _run(trainer, out)
         if trainer.rank == 0:

@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText
 
 from cotam.adapter import Adapter, check_fit, load_adapter
 from cotam.codec import Codec
+from cotam.importance import Attention
 from cotam.importance.estimate import ImportanceEstimator
 from cotam.importance.tower import AttentionTower, load_clip
 from cotam.losses import token_distance
@@ -34,13 +35,19 @@ from tests.cotam.tiny_models import ADAPTER, CLIP, VLM, TinyModels
 def test_every_run_resumes_and_exports(tiny: TinyModels, tmp_path: Path) -> None:
     root = tmp_path / "copy"
     shutil.copytree(tiny.root, root)
+    looking = Attention(clip=tiny.clip, layer=1)
     for name, train in (
         ("clip", lambda out: train_clip(dataclasses.replace(CLIP, max_steps=4), out, "cpu")),
         ("vlm", lambda out: train_vlm(dataclasses.replace(VLM, max_steps=4), out, tiny.clip, "cpu")),
         (
             "adapter",
             lambda out: train_adapter(
-                dataclasses.replace(ADAPTER, max_steps=4), out, "cotam-base", tiny.vlm, tiny.clip, 1, "cpu"
+                dataclasses.replace(ADAPTER, max_steps=4),
+                out,
+                "cotam-base",
+                tiny.vlm,
+                Attention(clip=tiny.clip, layer=1),
+                "cpu",
             ),
         ),
     ):
@@ -61,9 +68,11 @@ def test_the_clip_is_one_for_open_clip_and_for_importance(tiny: TinyModels) -> N
         assert torch.allclose(ours.model.eval().encode_image(x), theirs.encode_image(x), atol=1e-5)
         assert not torch.allclose(*theirs.encode_text(tokens))
     image = np.random.default_rng(0).integers(0, 256, (100, 200, 3), np.uint8)
-    (importance,) = ImportanceEstimator(AttentionTower.load(tiny.clip, 2))([image])
+    (importance,) = ImportanceEstimator(AttentionTower.load(Attention(clip=tiny.clip, layer=2)))([image])
     assert importance.ndim == 2 and 0 <= importance.min() < importance.max() <= 1
-    assert AttentionTower.load(tiny.clip, 1).fingerprint() != AttentionTower.load(tiny.clip, 2).fingerprint()
+    ways = [(1, "class"), (2, "class"), (2, "all")]
+    towers = [AttentionTower.load(Attention(clip=tiny.clip, layer=layer, queries=queries)) for layer, queries in ways]
+    assert len({tower.fingerprint() for tower in towers}) == 3
 
 
 def test_packed_questions_are_answered_as_if_each_were_alone(tiny: TinyModels) -> None:

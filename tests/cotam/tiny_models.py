@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from cotam.importance import Attention
 from cotam.train.config import AdapterTrainConfig, ClipTrainConfig, SceneConfig, VlmTrainConfig
 from cotam.train.run import train_adapter, train_clip, train_vlm
 
@@ -30,5 +31,5 @@ def train_tiny_models(root: Path) -> TinyModels:
     """Train all three, one from the other."""
     clip = str(train_clip(CLIP, root / "clip", "cpu"))
     vlm = str(train_vlm(VLM, root / "vlm", clip, "cpu"))
-    adapter = str(train_adapter(ADAPTER, root / "adapter", "cotam-base", vlm, clip, 1, "cpu"))
+    adapter = str(train_adapter(ADAPTER, root / "adapter", "cotam-base", vlm, Attention(clip=clip, layer=1), "cpu"))
     return TinyModels(root, clip, vlm, adapter)

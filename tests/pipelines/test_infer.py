@@ -11,7 +11,7 @@ import pytest
 
 from cotam.codec import Codec
 from cotam.image import decode_image
-from cotam.importance import DEFAULT_LAYER
+from cotam.importance import Attention
 from cotam.importance.estimate import ImportanceEstimator
 from cotam.importance.tower import AttentionTower
 from cotam.mllm.backend import Asked, MllmConfig, load_mllm
@@ -60,7 +60,7 @@ def samples(scenes: Path) -> list[Sample]:
 
 
 def test_rows_are_guided_by_the_packaged_clip(encoded: Path, scenes: Path, codec: Codec) -> None:
-    estimator = ImportanceEstimator(AttentionTower.load("cotam-clip-tiny", DEFAULT_LAYER))
+    estimator = ImportanceEstimator(AttentionTower.load(Attention()))
     by_key = {s.key: decode_image(s.image).pixels for s in samples(scenes)}
     for row in table(encoded)[:4]:
         (importance,) = estimator([by_key[row["key"]]])

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from cotam.bitstream import unpack
 from cotam.codec import Codec
 from cotam.image import RGBImage, decode_image, encode_image
+from cotam.importance import Attention
 from cotam.importance.estimate import ImportanceEstimator, from_estimator
 from cotam.importance.source import from_member
 from cotam.importance.tower import AttentionTower, needs_quick_gelu
@@ -43,7 +44,7 @@ def estimator() -> ImportanceEstimator:
 
 
 def _attention_with_hooks(visual: VisionTransformer, layer: int, x: torch.Tensor) -> torch.Tensor:
-    """The class token's attention in the full forward pass, by torch's own attention module."""
+    """Every token's attention in the full forward pass, (B, tokens, tokens), by torch's own attention module."""
     block = visual.transformer.resblocks[layer - 1]
     seen: list[torch.Tensor] = []
     handle = block.ln_1.register_forward_hook(lambda module, args, out: seen.append(out))
@@ -51,7 +52,7 @@ def _attention_with_hooks(visual: VisionTransformer, layer: int, x: torch.Tensor
         visual(x)
         weights = block.attn(seen[0], seen[0], seen[0], need_weights=True, average_attn_weights=True)[1]
     handle.remove()
-    return weights[:, 0, 1:]  # type: ignore[no-any-return]
+    return weights  # type: ignore[no-any-return]
 
 
 def test_attention_and_cost_of_vit_l_14_336() -> None:
@@ -72,7 +73,7 @@ def test_attention_and_cost_of_vit_l_14_336() -> None:
     tower = AttentionTower(visual, layer, HALF, HALF)
     assert len(tower.visual.transformer.resblocks) == layer
     early = [timed(lambda: tower(pixels)) for _ in range(3)]
-    np.testing.assert_allclose(early[0][1].flatten(1), full[0][1], rtol=1e-4)
+    np.testing.assert_allclose(early[0][1].flatten(1), full[0][1][:, 0, 1:], rtol=1e-4)
     assert min(s for s, _ in early) <= 1.15 * layer / num_layers * min(s for s, _ in full)
 
 
@@ -82,7 +83,12 @@ def test_first_and_last_layer_can_be_read(layer: int) -> None:
     pixels = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     expected = _attention_with_hooks(visual, layer, (pixels / 255 - 0.5) / 0.5)
     actual = AttentionTower(visual, layer, HALF, HALF)(pixels)
-    np.testing.assert_allclose(actual.flatten(1), expected, rtol=1e-4)
+    np.testing.assert_allclose(actual.flatten(1), expected[:, 0, 1:], rtol=1e-4)
+
+    of_class, of_patches = expected[:, 0, 1:], expected[:, 1:, 1:].mean(1)
+    both = (of_class / of_class.sum(1, keepdim=True) + of_patches / of_patches.sum(1, keepdim=True)) / 2
+    actual = AttentionTower(_tiny().eval(), layer, HALF, HALF, "all")(pixels)
+    np.testing.assert_allclose(actual.flatten(1), both, rtol=1e-4)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (64, 64), (5, 900), (900, 5), (48, 96), (300, 200)])
@@ -119,7 +125,7 @@ def test_other_towers_and_layers_are_refused(tmp_path: Path) -> None:
         AttentionTower(_tiny(), 5, HALF, HALF)
     for name in ("ViT-B-32", "nothing:openai", "ViT-B-32:nothing", f"ViT-B-32:{tmp_path}/missing.safetensors"):
         with pytest.raises(ValueError, match=r"ARCHITECTURE:PRETRAINED|no safetensors file"):
-            AttentionTower.load(name, 1)
+            AttentionTower.load(Attention(clip=name, layer=1))
 
 
 def test_openai_weights_get_their_own_activation() -> None:
@@ -138,10 +144,10 @@ def test_a_local_checkpoint_is_loaded_and_has_an_identity(tmp_path: Path) -> Non
     model = open_clip.create_model("test-tiny")
     save_file(model.state_dict(), tmp_path / "tiny.safetensors")
     name = f"test-tiny:{tmp_path / 'tiny.safetensors'}"
-    tower = AttentionTower.load(name, 2)
+    tower = AttentionTower.load(Attention(clip=name, layer=2))
     torch.testing.assert_close(tower.visual.conv1.weight, model.visual.conv1.weight)
-    assert tower.fingerprint() == AttentionTower.load(name, 2).fingerprint()
-    assert tower.fingerprint() != AttentionTower.load(name, 1).fingerprint()
+    assert tower.fingerprint() == AttentionTower.load(Attention(clip=name, layer=2)).fingerprint()
+    assert tower.fingerprint() != AttentionTower.load(Attention(clip=name, layer=1)).fingerprint()
 
 
 def test_encoding_is_steered_by_attention(

@@ -1,0 +1,97 @@
+"""Jobs on a running cluster: submitted, followed, asked about and stopped through Ray Jobs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+from tests.corpus import write_webdataset
+from tests.jobs.test_cli import COTAM, ENVIRONMENT
+
+RAY = str(Path(sys.executable).with_name("ray"))
+# The cluster runs `cotam` from here, wherever it was started from.
+PATHS = {**ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{ENVIRONMENT['PATH']}"}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Ray cluster of its own with a dashboard; its URL."""
+    port = free_port()
+    options = ["--head", "--block", "--port", str(free_port()), "--dashboard-port", str(port), "--num-cpus", "3"]
+    options += ["--object-store-memory", str(100 * 2**20), "--temp-dir", str(tmp_path_factory.mktemp("ray"))]
+    head = subprocess.Popen(
+        [RAY, "start", *options], env=PATHS, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert time.monotonic() < deadline and head.poll() is None, "the cluster did not start"
+            try:
+                if requests.get(f"{url}/api/jobs/", timeout=5).ok:
+                    break
+            except requests.RequestException:
+                time.sleep(0.5)
+        yield url
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        try:
+            head.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, signal.SIGKILL)
+
+
+def submit(url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [*COTAM, "submit", "--address", url, *arguments]
+    return subprocess.run(command, env=PATHS, capture_output=True, text=True, timeout=300)
+
+
+def ray_job(url: str, *arguments: str) -> str:
+    command = [RAY, "job", *arguments, "--address", url]
+    result = subprocess.run(command, env=PATHS, capture_output=True, text=True, timeout=120)
+    return result.stdout + result.stderr
+
+
+def test_a_job_runs_on_the_cluster_and_ends_with_its_exit_status(dashboard: str, tmp_path: Path) -> None:
+    write_webdataset(tmp_path / "in", 1, 6, width=96, height=64)
+    result = submit(dashboard, "--", "encode", str(tmp_path / "in"), str(tmp_path / "out"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "6 images: 6 rows" in result.stdout  # the job's log
+    failed = submit(dashboard, "--", "encode", str(tmp_path / "nothing"), str(tmp_path / "other"))
+    assert failed.returncode == 2, failed.stdout + failed.stderr
+
+
+def test_a_detached_job_can_be_asked_about_and_stopped(dashboard: str, tmp_path: Path) -> None:
+    write_webdataset(tmp_path / "in", 40, 20, width=640, height=480)
+    result = submit(dashboard, "--detach", "--", "encode", str(tmp_path / "in"), str(tmp_path / "out"))
+    job = result.stdout.strip()
+    assert result.returncode == 0 and job
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "out").glob("_cotam/completed/*.json")):
+        assert time.monotonic() < deadline, ray_job(dashboard, "logs", job)
+        time.sleep(0.5)
+    assert "RUNNING" in ray_job(dashboard, "status", job)
+    ray_job(dashboard, "stop", job)
+    assert "STOPPED" in ray_job(dashboard, "status", job)
+
+
+def test_what_cannot_be_submitted_says_so(dashboard: str, tmp_path: Path) -> None:
+    wrong = submit(dashboard, "--", "encode", "a", "b", "--qualty", "3")
+    assert wrong.returncode == 2 and "--qualty" in wrong.stderr
+    away = submit(f"http://127.0.0.1:{free_port()}", "--", "encode", "a", "b")
+    assert away.returncode == 2 and "no Ray dashboard" in away.stderr and away.stderr.count("\n") == 1
