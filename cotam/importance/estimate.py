@@ -128,8 +128,9 @@ def _resample(values: NDArray[np.float32], rows: int, columns: int) -> NDArray[n
 
 
 def _normalise(attention: NDArray[np.float32]) -> ImportanceMap:
-    low = attention.min()
-    high = np.quantile(attention, 1 - _TOP_FRACTION)
+    # Attention spans orders of magnitude: without the root, all but the few first places would be alike.
+    root = np.sqrt(attention)
+    low, high = root.min(), np.quantile(root, 1 - _TOP_FRACTION)
     if high <= low:
-        return np.zeros_like(attention)
-    return np.clip((attention - low) / (high - low), 0, 1).astype(np.float32)
+        return np.zeros_like(root)
+    return np.clip((root - low) / (high - low), 0, 1).astype(np.float32)

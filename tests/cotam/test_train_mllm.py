@@ -42,12 +42,7 @@ def test_every_run_resumes_and_exports(tiny: TinyModels, tmp_path: Path) -> None
         (
             "adapter",
             lambda out: train_adapter(
-                dataclasses.replace(ADAPTER, max_steps=4),
-                out,
-                "cotam-base",
-                tiny.vlm,
-                Attention(clip=tiny.clip, layer=1),
-                "cpu",
+                dataclasses.replace(ADAPTER, max_steps=4), out, "cotam-base", tiny.vlm, looking, "cpu"
             ),
         ),
     ):
