@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shlex
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,19 +25,23 @@ def submit(
 ) -> int:
     """Submit a command to a Ray cluster and follow its log; ends with its exit status.
 
-    Interrupting it leaves the job running: `ray job logs|status|stop ID --address ...`.
+    Interrupting it leaves the job running: `ray job logs|status|stop ID --address ...`. Where a cluster asks for a
+    token, it comes from RAY_AUTH_TOKEN or ~/.ray/auth_token.
     """
-    from ray.job_submission import JobSubmissionClient
-
     from jobs.cli import check_command
     from jobs.console import say, warn
 
     check_command(arguments)
+    if os.environ.get("RAY_AUTH_TOKEN") or Path("~/.ray/auth_token").expanduser().exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # what clusters ask for; Ray's client does not look by itself
+    from ray.exceptions import RayError
+    from ray.job_submission import JobSubmissionClient
+
     try:
         client = JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
-        raise ValueError(f"no Ray dashboard at {address}; name it with --address ({_first_line(error)})") from None
-    job = client.submit_job(entrypoint=shlex.join(["cotam", *arguments]), metadata={"cotam": arguments[0]})
+        job = client.submit_job(entrypoint=shlex.join(["cotam", *arguments]), metadata={"cotam": arguments[0]})
+    except (ConnectionError, RuntimeError, RayError) as error:
+        raise ValueError(f"cannot talk to Ray's dashboard at {address} (--address): {_first_line(error)}") from None
     if detach:
         say(job)
         return 0
