@@ -119,7 +119,7 @@ class ClipTrainer(Trainer[DenseClip, ClipBatch]):
                 model.clip.visual.positional_embedding[1:] = positions
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Muon for the blocks' matrices: about half the steps of AdamW alone."""
+        """Muon for the matrices of the blocks."""
         return transformer_groups(self.model.named_parameters())
 
     def losses(self, batch: ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
