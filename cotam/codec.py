@@ -77,6 +77,7 @@ class Codec:
         self.sha256 = loaded.sha256
         self.model_id = bytes.fromhex(loaded.sha256)[:MODEL_ID_BYTES]
         self.max_pixels = max_pixels
+        self.tables = loaded.tables
         self._coder = RansCoder(loaded.tables)
         self._z_indexes = loaded.model.z_indexes().cpu().numpy().astype(np.uint8)
 

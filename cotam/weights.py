@@ -92,8 +92,16 @@ def model_folder(name_or_path: str) -> Path:
     return folder
 
 
-def dump_codec(model: CodecModel) -> bytes:
-    """Serialise a codec. Raises ValueError when an integer layer could overflow its accumulator."""
+def dump_codec(model: CodecModel, tables: Tables | None = None) -> bytes:
+    """Serialise a codec.
+
+    Args:
+        model: the codec.
+        tables: those that it was loaded with; None builds them, which may differ in a unit between machines.
+
+    Raises:
+        ValueError: an integer layer could overflow its accumulator.
+    """
     model = model.freeze()
     arrays: _Arrays = {}
     layers = _integer_layers(model)
@@ -109,7 +117,7 @@ def dump_codec(model: CodecModel) -> bytes:
         arrays[f"{name}.gain"] = ints.gain.cpu().numpy().astype(np.int8)
         arrays[f"{name}.exponent"] = np.log2(ints.scale.cpu().numpy()).round().astype(np.int8)
     arrays["z_indexes"] = model.z_indexes().cpu().numpy().astype(np.uint8)
-    tables = gaussian_tables()
+    tables = tables or gaussian_tables()
     arrays.update({"tables.cdf": tables.cdf, "tables.start": tables.start, "tables.radius": tables.radius})
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     metadata = {"format": FORMAT, "config": json.dumps(dataclasses.asdict(model.config), sort_keys=True)}

@@ -72,7 +72,8 @@ def _to_frequencies(mass: NDArray[np.float64]) -> NDArray[np.int64]:
     frequencies = np.maximum(1, np.round(mass * total)).astype(np.int64)
     while (surplus := int(frequencies.sum()) - total) != 0:
         # Take from (or give to) the symbols where one unit changes the code length least.
-        order = np.argsort(-frequencies)[: min(abs(surplus), len(frequencies))]
+        # Stable: other kinds of sorting leave ties in an order that depends on the processor.
+        order = np.argsort(-frequencies, kind="stable")[: min(abs(surplus), len(frequencies))]
         order = order[frequencies[order] > 1] if surplus > 0 else order
         frequencies[order] -= np.sign(surplus)
     return frequencies

@@ -34,10 +34,10 @@ def file_bytes() -> bytes:
 @pytest.mark.parametrize("training", [False, True])
 def test_saving_a_loaded_codec_gives_its_bytes_and_identity(codec: Codec, tmp_path: Path, training: bool) -> None:
     """Also when training was about to go on: the thawed parameters quantise to the stored integers."""
-    (tmp_path / "codec.safetensors").write_bytes(dump_codec(codec.model))
+    (tmp_path / "codec.safetensors").write_bytes(dump_codec(codec.model, codec.tables))
     loaded = Codec.load(str(tmp_path / "codec.safetensors"))
     assert loaded.sha256 == codec.sha256
-    data = dump_codec(loaded.model.train(training))
+    data = dump_codec(loaded.model.train(training), loaded.tables)
     assert parse_codec(data, "codec").sha256 == codec.sha256
 
 
