@@ -29,6 +29,7 @@ from cotam.models.integer import BIAS_UNIT, IntConv2d
 FORMAT = "cotam-codec/1"
 # Packaged weights by name: the sha256 of cotam/packaged/{name}.safetensors.
 PACKAGED: dict[str, str] = {
+    "cotam-adapter-tiny": "45eebc52587176fcba6323f3140f61dab982052fc0a86727013d77cbfdaf7049",
     "cotam-base": "4f2d070254663bb9743f9633bbc03500552fce01e509ad194c1baddd63e41b23",
 }
 # Packaged folders by name: the sha256 of the weights in cotam/packaged/{name}.
@@ -36,6 +37,10 @@ PACKAGED_FOLDERS: dict[str, tuple[str, str]] = {
     "cotam-clip-tiny": (
         "open_clip_model.safetensors",
         "10610c61d74f582792ced8e5a65c556c0323dea9d84c38542e0058ddf5f28850",
+    ),
+    "cotam-vlm-tiny": (
+        "model.safetensors",
+        "47bf95f4b02e1861b65bd0ba579b2e72a983fe3f14d4ed3a9dedc705aa17900d",
     ),
 }
 _MAX_FILE_BYTES = 2**30
