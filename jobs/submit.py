@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from tenacity import Retrying, retry_if_exception_message, stop_after_delay, wait_fixed
 
+_START_S = 120.0
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 
 
@@ -37,9 +39,17 @@ def submit(
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
+    # A cluster that has just started has no agent yet.
+    retrying = Retrying(
+        retry=retry_if_exception_message(match=r"(?s).*No available agent"),
+        stop=stop_after_delay(_START_S),
+        wait=wait_fixed(2),
+        reraise=True,
+    )
     try:
         client = JobSubmissionClient(address)
-        job = client.submit_job(entrypoint=shlex.join(["cotam", *arguments]), metadata={"cotam": arguments[0]})
+        entrypoint = shlex.join(["cotam", *arguments])
+        job = retrying(client.submit_job, entrypoint=entrypoint, metadata={"cotam": arguments[0]})
     except (ConnectionError, RuntimeError, RayError) as error:
         raise ValueError(f"cannot talk to Ray's dashboard at {address} (--address): {_first_line(error)}") from None
     if detach:

@@ -21,6 +21,8 @@ import requests
 from tests.corpus import write_webdataset
 from tests.jobs.test_cli import COTAM, ENVIRONMENT
 
+# A second cluster with its dashboard takes minutes beside the other tests.
+pytestmark = pytest.mark.slow
 RAY = str(Path(sys.executable).with_name("ray"))
 # The cluster runs `cotam` from here, wherever it was started from.
 PATHS = {
