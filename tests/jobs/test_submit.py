@@ -102,7 +102,7 @@ def test_a_detached_job_can_be_asked_about_and_stopped(dashboard: str, tmp_path:
     assert "RUNNING" in ray_job(dashboard, "status", job)
     ray_job(dashboard, "stop", job)
     deadline = time.monotonic() + 60
-    while "STOPPED" not in (status := ray_job(dashboard, "status", job)):
+    while "was stopped" not in (status := ray_job(dashboard, "status", job)):
         assert time.monotonic() < deadline, status
 
 
