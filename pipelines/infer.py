@@ -103,7 +103,7 @@ class InferTask:
                 while batch := list(islice(views, self._config.mllm.batch_size)):
                     asked: list[tuple[View, list[Question]]] = []
                     for view in batch:
-                        item = self._with_questions(view) if isinstance(view, View) else view
+                        item = with_questions(view, self._questions) if isinstance(view, View) else view
                         if isinstance(item, Reject):
                             rejects.write(item)
                             counts.reject()
@@ -118,12 +118,6 @@ class InferTask:
             target = f"data/{partition.partition_id}.parquet"
             store.root.publish(path, target)
         return counts.completion(partition, target, num_bytes, sha256)
-
-    def _with_questions(self, view: View) -> tuple[View, list[Question]] | Reject:
-        try:
-            return view, self._questions(view.key, view.members)
-        except ValueError as error:
-            return Reject(key=view.key, source=view.source, stage="questions", error=str(error))
 
     def _views(self, partition: Partition) -> Iterator[View | Reject]:
         if partition.kind != "shard":
@@ -156,6 +150,14 @@ def read_views(samples: Iterable[Sample | Reject], max_pixels: int, num_threads:
 
     with ThreadPoolExecutor(num_threads, thread_name_prefix="cotam-decode") as executor:
         yield from ordered_map(executor, decode, samples, 2 * num_threads)
+
+
+def with_questions(view: View, source: QuestionSource) -> tuple[View, list[Question]] | Reject:
+    """An image with what is asked about it, or a reject where its questions cannot be read."""
+    try:
+        return view, source(view.key, view.members)
+    except ValueError as error:
+        return Reject(key=view.key, source=view.source, stage="questions", error=str(error))
 
 
 def ask(mllm: Mllm, asked: Sequence[tuple[View, Sequence[Question]]], metric: str) -> list[dict[str, Any]]:

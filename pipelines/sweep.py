@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -27,11 +27,11 @@ from cotam.store.readers import Partition, read_partition
 from cotam.store.records import Completion, RunStore
 from cotam.store.schema import Reject
 from cotam.store.shard import RejectWriter, file_sha256
-from cotam.tasks.questions import QuestionSource
+from cotam.tasks.questions import Question, QuestionSource
 from cotam.tasks.results import PREDICTION_SCHEMA
 from cotam.tasks.scores import SCORES
 from pipelines.counter import Counter, Report
-from pipelines.infer import View, ask, read_views
+from pipelines.infer import View, ask, read_views, with_questions
 
 ORIGINAL = "original"
 _CHUNK_IMAGES = 16
@@ -129,14 +129,17 @@ class SweepTask:
             path, bad = Path(folder) / "rows.parquet", Path(folder) / "rejects.parquet"
             with pq.ParquetWriter(path, SWEEP_SCHEMA, compression="ZSTD") as writer, RejectWriter(bad) as rejects:
                 while chunk := list(islice(views, _CHUNK_IMAGES)):
-                    good = [view for view in chunk if isinstance(view, View)]
-                    for item in chunk:
+                    asked: list[tuple[View, list[Question]]] = []
+                    for view in chunk:
+                        item = with_questions(view, self._questions) if isinstance(view, View) else view
                         if isinstance(item, Reject):
                             rejects.write(item)
                             counts.reject()
-                    for table in self._measure(good):
+                        else:
+                            asked.append(item)
+                    for table in self._measure(asked) if asked else ():
                         writer.write_table(table)
-                    for view in good:
+                    for view, _ in asked:
                         counts.image(view.pixels.size // 3, view.source_num_bytes, view.num_bytes)
             rejects.publish(store.root, partition.partition_id)
             sha256, num_bytes = file_sha256(path), path.stat().st_size
@@ -144,11 +147,11 @@ class SweepTask:
             store.root.publish(path, target)
         return counts.completion(partition, target, num_bytes, sha256)
 
-    def _measure(self, views: list[View]) -> Iterator[pa.Table]:
-        questions = [self._questions(view.key, view.members) for view in views]
+    def _measure(self, asked: list[tuple[View, list[Question]]]) -> Iterator[pa.Table]:
+        views, questions = zip(*asked, strict=True)
         maps = self._estimator([view.pixels for view in views]) if self._estimator is not None else None
         # Points that differ in the input only share their bitstreams.
-        stored: dict[tuple[str, float, float], list[View]] = {}
+        stored: dict[tuple[str, float, float], Sequence[View]] = {}
         for point in self._config.points:
             how = point.codec, point.quality, point.strength
             if how not in stored:
@@ -160,7 +163,7 @@ class SweepTask:
                 same = dataclasses.asdict(point)
                 yield pa.Table.from_pylist([{**same, "psnr_rgb": psnr[r["key"]], **r} for r in rows], SWEEP_SCHEMA)
 
-    def _store(self, views: list[View], point: Point, maps: list[ImportanceMap] | None) -> list[View]:
+    def _store(self, views: Sequence[View], point: Point, maps: list[ImportanceMap] | None) -> Sequence[View]:
         """The images as they come back from their bytes at ``point``."""
         if point.codec == ORIGINAL:
             return views
