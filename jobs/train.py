@@ -75,6 +75,7 @@ def vlm(
     out: Out,
     config: ConfigFile = None,
     clip: Annotated[str, typer.Option(help="CLIP of the image tower: packaged name or folder.")] = "cotam-clip-tiny",
+    init: Annotated[str | None, typer.Option(help="LLaVA to train further instead: packaged name or folder.")] = None,
     photographs: Photographs = None,
     max_minutes: MaxMinutes = None,
     max_steps: MaxSteps = None,
@@ -85,7 +86,7 @@ def vlm(
     from cotam.train.run import train_vlm
 
     data = {"photographs": tuple(photographs or ())}
-    train_vlm(_settings(VlmTrainConfig, config, data, max_minutes, max_steps), out, clip, device)
+    train_vlm(_settings(VlmTrainConfig, config, data, max_minutes, max_steps), out, clip, device, init)
 
 
 @train_app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from cotam.models.entropy_model import (
     scale_of_index,
 )
 from cotam.models.halves import merge_halves, split_halves
-from cotam.models.integer import IntConv2d
+from cotam.models.integer import BIAS_UNIT, IntConv2d
 from cotam.models.layers import pad_to_multiple, round_ste
 from cotam.models.tiling import Tile, map_tiles
 from cotam.models.transforms import LATENT_STRIDE
@@ -142,6 +143,30 @@ class CodecModel(nn.Module):
         gain = self.gains.log_gain
         per_q = float(gain[-1, 0] - gain[0, 0]) / (self.num_q - 1)
         self.entropy_parameters.init_scales(0.7 * deviation * gain[0].exp(), per_q)  # local, so below the global one
+
+    @torch.no_grad()
+    def with_lmbdas(self, lmbdas: tuple[float, ...]) -> CodecModel:
+        """A copy with other quality levels, to train further: it starts near what this one does at each trade-off.
+
+        Gains and scales of ``z`` are interpolated, and continued, over log lmbda; the integer network's dependence on
+        the quality index, which is linear, follows the mean spacing of the levels.
+        """
+        old, new = (torch.tensor(values, dtype=torch.float64).log() for values in (self.config.lmbdas, lmbdas))
+        low = (torch.searchsorted(old, new) - 1).clamp(0, len(old) - 2)
+        weight = ((new - old[low]) / (old[low + 1] - old[low]))[:, None].float()
+        state = self.state_dict()
+        for name in ("gains.log_gain", "gains.log_inverse", "z_log_scale"):
+            state[name] = state[name][low] * (1 - weight) + state[name][low + 1] * weight
+        spacing = (old[-1] - old[0]) / (len(old) - 1)
+        rate = float((new[-1] - new[0]) / (len(new) - 1) / spacing)  # old quality levels in a new one
+        offset = float((new[0] - old[0]) / spacing) * Q_STEPS
+        for name, module in self.entropy_parameters.named_modules():
+            if isinstance(module, IntConv2d) and module.quality_bias:
+                state[f"entropy_parameters.{name}.bias"] = module.bias + offset * module.gain / BIAS_UNIT
+                state[f"entropy_parameters.{name}.gain"] = rate * module.gain
+        model = CodecModel(dataclasses.replace(self.config, lmbdas=lmbdas))
+        model.load_state_dict(state)
+        return model
 
     def z_levels(self, q: Tensor) -> Tensor:
         """Level in [0, L) of every z position, (B, hz, wz), from ``q`` (B, 1, h, w): the rounded mean, exactly."""

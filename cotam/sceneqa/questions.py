@@ -9,7 +9,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
-from cotam.sceneqa.scene import COLOURS, KINDS, SHAPES, Scene
+from cotam.sceneqa.scene import COLOURS, KINDS, SHAPES, Scene, Thing
 from cotam.tasks.questions import Question
 
 LEVELS = {
@@ -50,14 +50,22 @@ def scene_questions(scene: Scene, with_kind: bool = True, draw: int = 0) -> list
     pairs = [(a, b) for a in unique for b in unique if a is not b]
     apart = [(a, b) for a, b in pairs if abs(a.x - b.x) > _APART]
     if apart:
-        a, b = rng.choice(apart)  # both orders are in the list
-        asked.append(("left", f"Is the {a.name} left of the {b.name}?", "yes" if a.x < b.x else "no"))
+        question = _left(scene, *rng.choice(apart))  # both orders are in the list
+        asked.append(("left", question.question, question.answers[0]))
     differing = [(a, b) for a, b in pairs if a.size != b.size]
     if differing:
         a, b = rng.choice(differing)
         larger = a if a.size == "large" else b
         asked.append(("larger", f"Which is larger, the {a.name} or the {b.name}?", larger.name))
     return [Question(key=scene.key, question=q, answers=(a,), type=t, level=LEVELS[t]) for t, q, a in asked]
+
+
+def left_questions(scene: Scene, limit: int) -> list[Question]:
+    """Whether one object is left of another, for up to ``limit`` pairs in either order: what is learned last."""
+    rng = random.Random(scene.seed + "/left")
+    unique = scene.unique_things()
+    pairs = [(a, b) for a in unique for b in unique if abs(a.x - b.x) > _APART]
+    return [_left(scene, a, b) for a, b in rng.sample(pairs, min(limit, len(pairs)))]
 
 
 def caption(scene: Scene, with_kind: bool = True) -> str:
@@ -79,6 +87,12 @@ def blind_answers(train: Iterable[Question], test: Iterable[Question]) -> list[s
         counts = by_text.get(question.question) or by_type.get(question.type) or Counter({"": 1})
         answers.append(counts.most_common(1)[0][0])
     return answers
+
+
+def _left(scene: Scene, a: Thing, b: Thing) -> Question:
+    answer = "yes" if a.x < b.x else "no"
+    text = f"Is the {a.name} left of the {b.name}?"
+    return Question(key=scene.key, question=text, answers=(answer,), type="left", level=LEVELS["left"])
 
 
 def _likely_shapes(scene: Scene, rng: random.Random) -> list[str]:

@@ -20,7 +20,7 @@ from torch import nn
 from cotam.importance import Attention
 from cotam.train.config import AdapterTrainConfig, ClipTrainConfig, CodecTrainConfig, Schedule, VlmTrainConfig
 from cotam.train.trainer import Trainer
-from cotam.weights import dump_codec, parse_codec, read_weights
+from cotam.weights import dump_codec, model_folder, parse_codec, read_weights
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -32,7 +32,7 @@ def train_codec(config: CodecTrainConfig, out: Path, device: str | None = None, 
         config: the run.
         out: local folder; afterwards it holds checkpoint.pt, log.jsonl, codec.safetensors and codec.md.
         device: "cpu" or "cuda"; None takes CUDA where there is one.
-        init: name, path or URI of a codec to start from.
+        init: name, path or URI of a codec to start from, whose shape is kept; its levels become ``config``'s.
 
     Returns:
         The path of the exported weights.
@@ -45,6 +45,8 @@ def train_codec(config: CodecTrainConfig, out: Path, device: str | None = None, 
     start = None
     if init is not None:
         start = parse_codec(read_weights(init), init).model
+        if start.config.lmbdas != config.model.lmbdas:
+            start = start.with_lmbdas(config.model.lmbdas)
         config = dataclasses.replace(config, model=start.config)
     weights = out / "codec.safetensors"
     with _on_device(device) as chosen:
@@ -75,18 +77,29 @@ def train_clip(config: ClipTrainConfig, out: Path, device: str | None = None) ->
     return folder
 
 
-def train_vlm(config: VlmTrainConfig, out: Path, clip: str, device: str | None = None) -> Path:
-    """Train, or go on with, a LLaVA around the CLIP ``clip`` in ``out``. Returns ``out``/vlm, a transformers folder.
+def train_vlm(
+    config: VlmTrainConfig, out: Path, clip: str, device: str | None = None, init: str | None = None
+) -> Path:
+    """Train, or go on with, a LLaVA in ``out``. Returns ``out``/vlm, a transformers folder.
 
-    Args and errors as of ``train_codec``; ``clip`` is a packaged name or a folder.
+    Args and errors as of ``train_codec``; ``clip`` is the CLIP whose image tower a new LLaVA gets, ``init`` a LLaVA to
+    start from instead, whose shape is kept: packaged names or folders.
     """
     from cotam.importance.tower import load_clip
+    from transformers import LlavaForConditionalGeneration
+
+    from cotam.mllm.tiny import make_llava
     from cotam.train.vlm import VlmTrainer, export_vlm
 
     folder = out / "vlm"
-    loaded = load_clip(clip)
+    torch.manual_seed(config.seed)
+    if init is not None:
+        llava = LlavaForConditionalGeneration.from_pretrained(model_folder(init), dtype=torch.float32)
+    else:
+        visual = load_clip(clip).model.visual
+        llava = make_llava(visual, config.hidden, config.layers, config.heads, config.intermediate)
     with _on_device(device) as chosen:
-        trainer = VlmTrainer(config, out, loaded.model.visual, chosen)
+        trainer = VlmTrainer(config, out, llava, chosen)
         model = _run(trainer, out)
         if trainer.rank == 0:
             weights = export_vlm(model.llava, folder)

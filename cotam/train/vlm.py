@@ -15,13 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import VisionTransformer
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from cotam.mllm.tiny import half_precision, make_llava, make_processor, num_image_tokens
-from cotam.sceneqa.questions import scene_questions
+from cotam.mllm.tiny import half_precision, make_processor, num_image_tokens
+from cotam.sceneqa.questions import left_questions, scene_questions
 from cotam.sceneqa.tokenizer import ASSISTANT, BOS, EOS, IMAGE, PAD, SPECIAL_TOKENS, USER, build_tokenizer
 from cotam.tasks.questions import Question
 from cotam.train.clip import MEAN, STD, to_float
@@ -97,18 +96,23 @@ def positions_and_mask(owners: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class VlmTrainer(Trainer[AnswerModel, VlmBatch]):
-    """One training run of a LLaVA around ``visual``. Other arguments as of ``Trainer``."""
+    """One training run of ``llava``, new or trained before. Other arguments as of ``Trainer``."""
 
-    def __init__(self, config: VlmTrainConfig, out_dir: Path, visual: VisionTransformer, device: str = "cpu") -> None:
+    def __init__(
+        self, config: VlmTrainConfig, out_dir: Path, llava: LlavaForConditionalGeneration, device: str = "cpu"
+    ) -> None:
         torch.manual_seed(config.seed)
         self.config = config
-        llava = make_llava(visual, config.hidden, config.layers, config.heads, config.intermediate)
         llava.model.vision_tower.requires_grad_(config.tower_lr_factor > 0)
         vision: Any = llava.config.vision_config
         self.image_px: int = vision.image_size
         super().__init__(AnswerModel(llava), config, out_dir, device, llava.config.to_dict())
         self._collate = partial(
-            collate, tokenizer=build_tokenizer(), num_visual=num_image_tokens(llava), draws=config.draws
+            collate,
+            tokenizer=build_tokenizer(),
+            num_visual=num_image_tokens(llava),
+            draws=config.draws,
+            num_left=config.left_questions,
         )
 
     def batches(self) -> Iterator[VlmBatch]:
@@ -141,7 +145,7 @@ class VlmTrainer(Trainer[AnswerModel, VlmBatch]):
         examples = held_out_examples(self.config.data, self.image_px)
         results: dict[str, list[bool]] = defaultdict(list)
         for k in range(0, len(examples), _EVAL_BATCH):
-            batch = self._collate(examples[k : k + _EVAL_BATCH], draws=1)
+            batch = self._collate(examples[k : k + _EVAL_BATCH], draws=1, num_left=0)
             logits, _, targets = self._logits(batch, self.ema)
             right = (logits.argmax(1) == targets).cpu()
             rows, columns = batch.answered.nonzero(as_tuple=True)
@@ -171,10 +175,12 @@ def export_vlm(llava: LlavaForConditionalGeneration, folder: Path) -> Path:
     return folder / "model.safetensors"
 
 
-def collate(examples: Sequence[Example], tokenizer: Tokenizer, num_visual: int, draws: int) -> VlmBatch:
-    """Pack the questions of every example behind its visual tokens."""
+def collate(
+    examples: Sequence[Example], tokenizer: Tokenizer, num_visual: int, draws: int, num_left: int = 0
+) -> VlmBatch:
+    """Pack the questions of every example behind its visual tokens: ``draws`` of each type, ``num_left`` further."""
     special = {token: k for k, token in enumerate(SPECIAL_TOKENS)}
-    asked = [_questions(example, draws) for example in examples]
+    asked = [_questions(example, draws, num_left) for example in examples]
     rows = []
     for questions in asked:
         ids = [special[BOS], special[USER], *[special[IMAGE]] * num_visual]
@@ -201,9 +207,11 @@ def collate(examples: Sequence[Example], tokenizer: Tokenizer, num_visual: int, 
     )
 
 
-def _questions(example: Example, draws: int) -> list[Question]:
+def _questions(example: Example, draws: int, num_left: int) -> list[Question]:
     by_text: dict[str, Question] = {}
     for draw in range(draws):
         for question in scene_questions(example.scene, with_kind=example.with_kind, draw=draw):
             by_text.setdefault(question.question, question)
+    for question in left_questions(example.scene, num_left):
+        by_text.setdefault(question.question, question)
     return list(by_text.values())
