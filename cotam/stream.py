@@ -23,6 +23,7 @@ from cotam.codec import Codec, CompressedImage, DecompressedImage
 from cotam.image import ImageError, RGBImage, decode_image
 from cotam.importance import DEFAULT_STRENGTH
 from cotam.importance.source import ImportanceMap, ImportanceSource
+from cotam.stage_times import StageTimes
 from cotam.store.schema import Reject, Row, Sample
 
 A = TypeVar("A")
@@ -68,6 +69,7 @@ def encode_stream(
     quality: float = 4.0,
     num_threads: int = 2,
     steering: Steering | None = None,
+    times: StageTimes | None = None,
 ) -> Iterator[Row | Reject]:
     """Encode samples: one row or one reject for each, in order.
 
@@ -77,30 +79,38 @@ def encode_stream(
         quality: level of every image.
         num_threads: threads for image decoding, and as many for entropy coding.
         steering: by importance; None for a uniform quality.
+        times: gets the seconds by stage.
 
     Raises:
         Whatever ``samples`` raises, after the rows before it.
     """
+    times = times or StageTimes()
     with (
         ThreadPoolExecutor(num_threads, thread_name_prefix="cotam-decode") as decoders,
         ThreadPoolExecutor(num_threads, thread_name_prefix="cotam-rans") as coders,
     ):
-        decoded = ordered_map(decoders, lambda s: _decode_sample(s, codec), prefetch(samples, 4), 2 * num_threads)
+        read = prefetch(times.iterate("read", samples), 4)
+        decoded = ordered_map(decoders, lambda s: _decode_sample(s, codec, times), read, 2 * num_threads)
         batches = _batches(decoded, lambda d: d.pixels.size // 3)
         if steering is not None:
-            batches = prefetch(_estimate(batches, steering.source), 1)
+            batches = prefetch(_estimate(batches, steering.source, times), 1)
         strength, keep_map = (steering.strength, steering.keep_map) if steering is not None else (0.0, False)
-        compressed = prefetch(_compress(batches, codec, quality, strength), num_threads)
-        yield from ordered_map(coders, lambda c: _pack(c, codec, keep_map), compressed, 2 * num_threads)
+        compressed = prefetch(_compress(batches, codec, quality, strength, times), num_threads)
+        yield from ordered_map(coders, lambda c: _pack(c, codec, keep_map, times), compressed, 2 * num_threads)
 
 
 def decode_stream(
-    rows: Iterable[Row], codec: Codec, num_threads: int = 2, with_latents: bool = False
+    rows: Iterable[Row],
+    codec: Codec,
+    num_threads: int = 2,
+    with_latents: bool = False,
+    times: StageTimes | None = None,
 ) -> Iterator[DecodedRow | Reject]:
     """Decode rows: one image or one reject for each, in order. Arguments and errors as ``encode_stream``."""
+    times = times or StageTimes()
     with ThreadPoolExecutor(num_threads, thread_name_prefix="cotam-rans") as coders:
-        batches = _batches(prefetch(rows, 2 * _BATCH_IMAGES), lambda r: r.width * r.height)
-        decoded = (item for batch in batches for item in _decode_rows(batch, codec, coders, with_latents))
+        batches = _batches(prefetch(times.iterate("read", rows), 2 * _BATCH_IMAGES), lambda r: r.width * r.height)
+        decoded = (item for batch in batches for item in _decode_rows(batch, codec, coders, with_latents, times))
         yield from prefetch(decoded, num_threads)
 
 
@@ -175,22 +185,24 @@ def _batches(items: Iterable[A | Reject], num_pixels: Callable[[A], int]) -> Ite
         yield batch
 
 
-def _decode_sample(sample: Sample | Reject, codec: Codec) -> _Decoded | Reject:
+def _decode_sample(sample: Sample | Reject, codec: Codec, times: StageTimes) -> _Decoded | Reject:
     if isinstance(sample, Reject):
         return sample
     try:
-        image = decode_image(sample.image, codec.max_pixels)
+        with times.measure("image"):
+            image = decode_image(sample.image, codec.max_pixels)
     except ImageError as error:
         return Reject(key=sample.key, source=sample.source, stage="decode", error=str(error), image=sample.image)
     return _Decoded(sample, image.pixels, image.format)
 
 
 def _estimate(
-    batches: Iterable[list[_Decoded | Reject]], source: ImportanceSource
+    batches: Iterable[list[_Decoded | Reject]], source: ImportanceSource, times: StageTimes
 ) -> Iterator[list[_Decoded | Reject]]:
     for batch in batches:
         images = [item for item in batch if isinstance(item, _Decoded)]
-        maps = iter(source([i.sample for i in images], [i.pixels for i in images]))
+        with times.measure("importance"):
+            maps = iter(source([i.sample for i in images], [i.pixels for i in images]))
         yield [item if isinstance(item, Reject) else _with_importance(item, next(maps)) for item in batch]
 
 
@@ -203,12 +215,13 @@ def _with_importance(item: _Decoded, importance: ImportanceMap | ValueError) -> 
 
 
 def _compress(
-    batches: Iterable[list[_Decoded | Reject]], codec: Codec, quality: float, strength: float
+    batches: Iterable[list[_Decoded | Reject]], codec: Codec, quality: float, strength: float, times: StageTimes
 ) -> Iterator[_Compressed | Reject]:
     for batch in batches:
         images = [item for item in batch if isinstance(item, _Decoded)]
-        indexes = [codec.quality_index(quality, item.pixels, item.importance, strength) for item in images]
-        compressed = iter(codec.compress([item.pixels for item in images], indexes))
+        with times.measure("networks"):
+            indexes = [codec.quality_index(quality, item.pixels, item.importance, strength) for item in images]
+            compressed = iter(codec.compress([item.pixels for item in images], indexes))
         for item in batch:
             if isinstance(item, Reject):
                 yield item
@@ -216,16 +229,18 @@ def _compress(
                 yield _Compressed(item.sample, item.format, item.importance, next(compressed))
 
 
-def _pack(item: _Compressed | Reject, codec: Codec, keep_map: bool) -> Row | Reject:
+def _pack(item: _Compressed | Reject, codec: Codec, keep_map: bool, times: StageTimes) -> Row | Reject:
     if isinstance(item, Reject):
         return item
     sample, compressed, importance = item.sample, item.compressed, item.importance
+    with times.measure("entropy"):
+        bitstream = codec.pack(compressed)
     return Row(
         key=sample.key,
         source=sample.source,
         width=compressed.width,
         height=compressed.height,
-        bitstream=codec.pack(compressed),
+        bitstream=bitstream,
         quality=codec.mean_quality(compressed.quality_index),
         source_num_bytes=len(sample.image),
         source_format=item.format,
@@ -237,18 +252,20 @@ def _pack(item: _Compressed | Reject, codec: Codec, keep_map: bool) -> Row | Rej
 
 
 def _decode_rows(
-    batch: list[Row | Reject], codec: Codec, executor: ThreadPoolExecutor, with_latents: bool
+    batch: list[Row | Reject], codec: Codec, executor: ThreadPoolExecutor, with_latents: bool, times: StageTimes
 ) -> Iterator[DecodedRow | Reject]:
     rows = [item for item in batch if isinstance(item, Row)]
-    try:
-        decompressed: list[DecompressedImage | BitstreamError] = [
-            *codec.decompress([r.bitstream for r in rows], executor)
-        ]
-    except BitstreamError:
-        decompressed = [_decompress_one(r, codec) for r in rows]  # find the bad one, keep the others
+    with times.measure("entropy"):
+        try:
+            decompressed: list[DecompressedImage | BitstreamError] = [
+                *codec.decompress([r.bitstream for r in rows], executor)
+            ]
+        except BitstreamError:
+            decompressed = [_decompress_one(r, codec) for r in rows]  # find the bad one, keep the others
     good = [d for d in decompressed if isinstance(d, DecompressedImage)]
-    images = iter(codec.reconstruct(good))
-    latents = iter(codec.latents(good) if with_latents else [None] * len(good))
+    with times.measure("networks"):
+        images = iter(codec.reconstruct(good))
+        latents = iter(codec.latents(good) if with_latents else [None] * len(good))
     for row, item in zip(rows, decompressed, strict=True):
         if isinstance(item, BitstreamError):
             yield Reject(key=row.key, source=row.source, stage="decode", error=str(item), image=row.bitstream)
