@@ -12,18 +12,23 @@ from cotam.sceneqa.render import character_spans
 from cotam.sceneqa.scene import COLOURS, RADII, SHAPES, Scene
 
 CHARACTERS = string.ascii_lowercase + string.digits
-NUM_CLASSES = {"shape": 1 + len(SHAPES), "colour": 1 + len(COLOURS), "size": 1 + len(RADII)}
+NUM_CLASSES = (1 + len(SHAPES), 1 + len(COLOURS), 1 + len(RADII))  # of the first fields of PatchLabels
 NUM_CHARACTER_CLASSES = 1 + len(CHARACTERS)
 COLUMNS_PER_PATCH = 2  # small letters are half a patch wide
 _REACH = 0.7  # of the radius: nearer patches show the object
 
 
 class PatchLabels(NamedTuple):
-    """Classes by patch, int64, 0 for nothing: (R, R), and for characters by half a patch, (R, 2 R)."""
+    """Classes by patch, int64, 0 for nothing: (R, R), and for characters by half a patch, (R, 2 R).
+
+    ``column`` counts from 1 everywhere: a tower that need not say where a patch is forgets it, and then no question
+    about left and right can be answered.
+    """
 
     shape: NDArray[np.int64]
     colour: NDArray[np.int64]
     size: NDArray[np.int64]
+    column: NDArray[np.int64]
     character: NDArray[np.int64]
 
 
@@ -44,4 +49,5 @@ def patch_labels(scene: Scene, rows: int) -> PatchLabels:
     row = int(scene.sign.y * rows)
     for letter, left, right in character_spans(scene.sign):
         character[row, (middles >= left) & (middles < right)] = 1 + CHARACTERS.index(letter.lower())
-    return PatchLabels(shape, colour, size, character)
+    column = np.tile(np.arange(1, rows + 1, dtype=np.int64), (rows, 1))
+    return PatchLabels(shape, colour, size, column, character)

@@ -54,7 +54,7 @@ class DenseClip(nn.Module):
         super().__init__()
         self.clip = CLIP(**open_clip_config(config)["model_cfg"])
         self.clip.visual.output_tokens = True
-        self.heads = PatchHeads(config.width)
+        self.heads = PatchHeads(config.width, config.image_px // config.patch_px)
         self.words = nn.Linear(config.embed_dim, self.clip.vocab_size)
 
     def forward(self, images: Tensor, captions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:

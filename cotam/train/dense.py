@@ -16,11 +16,16 @@ _EMPTY_WEIGHT = 0.3  # of patches with nothing in them, against all others
 
 
 class PatchHeads(nn.Module):
-    """Linear classifiers of patch tokens, one for each field of ``PatchLabels``; left behind after training."""
+    """Linear classifiers of patch tokens, one for each field of ``PatchLabels``; left behind after training.
 
-    def __init__(self, width: int) -> None:
+    Args:
+        width: of the tokens.
+        rows: of the patch grid, as many as columns.
+    """
+
+    def __init__(self, width: int, rows: int) -> None:
         super().__init__()
-        self.classes = nn.ModuleList(nn.Linear(width, num) for num in NUM_CLASSES.values())
+        self.classes = nn.ModuleList(nn.Linear(width, num) for num in (*NUM_CLASSES, 1 + rows))
         self.characters = nn.Linear(width, COLUMNS_PER_PATCH * NUM_CHARACTER_CLASSES)
 
     def forward(self, tokens: Tensor) -> list[Tensor]:

@@ -77,17 +77,15 @@ def train_clip(config: ClipTrainConfig, out: Path, device: str | None = None) ->
     return folder
 
 
-def train_vlm(
-    config: VlmTrainConfig, out: Path, clip: str, device: str | None = None, init: str | None = None
-) -> Path:
+def train_vlm(config: VlmTrainConfig, out: Path, clip: str, device: str | None = None, init: str | None = None) -> Path:
     """Train, or go on with, a LLaVA in ``out``. Returns ``out``/vlm, a transformers folder.
 
     Args and errors as of ``train_codec``; ``clip`` is the CLIP whose image tower a new LLaVA gets, ``init`` a LLaVA to
     start from instead, whose shape is kept: packaged names or folders.
     """
-    from cotam.importance.tower import load_clip
     from transformers import LlavaForConditionalGeneration
 
+    from cotam.importance.tower import load_clip
     from cotam.mllm.tiny import make_llava
     from cotam.train.vlm import VlmTrainer, export_vlm
 

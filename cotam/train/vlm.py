@@ -59,7 +59,7 @@ class AnswerModel(nn.Module):
         super().__init__()
         self.llava = llava
         vision: Any = llava.config.vision_config
-        self.heads = PatchHeads(vision.hidden_size)
+        self.heads = PatchHeads(vision.hidden_size, vision.image_size // vision.patch_size)
 
     def forward(self, images: Tensor, ids: Tensor, owners: Tensor, answered: Tensor) -> tuple[Tensor, list[Tensor]]:
         """float images, ids, owners, answered as in ``VlmBatch``.
