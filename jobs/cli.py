@@ -17,6 +17,7 @@ from jobs.infer import infer
 from jobs.inspect import inspect
 from jobs.sceneqa import sceneqa
 from jobs.status import status
+from jobs.storage import hide_storage_options
 from jobs.submit import submit
 from jobs.sweep import sweep
 from jobs.train import train_app
@@ -49,6 +50,8 @@ def check_command(arguments: Sequence[str]) -> None:
 
 def main() -> None:
     """Entry point of ``cotam``. Exit status: 0 done, 1 error, 2 usage, 3 done except for failed partitions."""
+    if sys.argv[1:2] != ["submit"]:
+        hide_storage_options()
     sys.exit(_run())
 
 

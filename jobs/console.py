@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,9 +13,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from pipelines.logs import log_event
+
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INCOMPLETE = 0, 1, 2, 3
 
 Counts = dict[str, int]
+
+_LINE_S = 30.0
+_log = logging.getLogger(__name__)
 
 
 class Incomplete(Exception):
@@ -37,9 +43,30 @@ def warn(text: str) -> None:
 
 
 @contextmanager
-def partition_progress(total: int, unit: str, quiet: bool = False) -> Iterator[Callable[[Counts, int], None]]:
-    """A bar over partitions with images/s, MB/s, bpp and rejects, on stderr; yields the function that moves it."""
-    console = Console(stderr=True, quiet=quiet)
+def partition_progress(
+    total: int, unit: str, quiet: bool = False, interval_s: float = _LINE_S
+) -> Iterator[Callable[[Counts, int], None]]:
+    """Progress over partitions on stderr, with images/s, MB/s, bpp, rejects and the time left.
+
+    A bar in a terminal; elsewhere a line every ``interval_s`` seconds and one at the end, which is an event of the
+    structured log where the driver has one.
+
+    Yields:
+        The function that moves it: it takes the counts and the number of finished partitions.
+    """
+    logged = _log.isEnabledFor(logging.INFO)
+    if quiet:
+        yield lambda counts, num_done: None
+    elif sys.stderr.isatty() and not logged and not Console(stderr=True).is_dumb_terminal:
+        with _bar(total, unit) as update:
+            yield update
+    else:
+        with _lines(total, unit, interval_s, logged) as update:
+            yield update
+
+
+@contextmanager
+def _bar(total: int, unit: str) -> Iterator[Callable[[Counts, int], None]]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -49,22 +76,68 @@ def partition_progress(total: int, unit: str, quiet: bool = False) -> Iterator[C
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=not console.is_terminal) as progress:
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=total, rates="")
         started = time.monotonic()
 
         def update(counts: Counts, num_done: int) -> None:
-            seconds = max(time.monotonic() - started, 1e-3)
-            images, pixels = counts.get("images", 0), counts.get("num_pixels", 0)
-            rates = f"{images} images  {images / seconds:.1f}/s"
-            rates += f"  {counts.get('source_num_bytes', 0) / seconds / 1e6:.1f} MB/s"
-            if pixels:
-                rates += f"  {8 * counts.get('bitstream_num_bytes', 0) / pixels:.3f} bpp"
-            if counts.get("rejects"):
-                rates += f"  {counts['rejects']} rejects"
+            rates = _text(_rates(counts, time.monotonic() - started))
             progress.update(task, completed=num_done, rates=rates)
 
         yield update
+
+
+@contextmanager
+def _lines(total: int, unit: str, interval_s: float, logged: bool) -> Iterator[Callable[[Counts, int], None]]:
+    started = last = time.monotonic()
+    newest: tuple[Counts, int] | None = None
+
+    def show(counts: Counts, num_done: int) -> None:
+        seconds = time.monotonic() - started
+        left = seconds / num_done * (total - num_done) if num_done else None
+        rates = _rates(counts, seconds)
+        if logged:
+            done = {f"{unit}_done": num_done, f"{unit}_total": total}
+            times = {"seconds": round(seconds, 1), "seconds_left": None if left is None else round(left)}
+            log_event(_log, logging.INFO, "progress", **done, **rates, **times)
+        else:
+            times_text = f"{_clock(seconds)} gone, {'?' if left is None else _clock(left)} left"
+            warn(f"{num_done}/{total} {unit}  {_text(rates)}  {times_text}")
+
+    def update(counts: Counts, num_done: int) -> None:
+        nonlocal last, newest
+        newest = counts, num_done
+        if time.monotonic() - last >= interval_s:
+            last = time.monotonic()
+            show(counts, num_done)
+
+    try:
+        yield update
+    finally:
+        if newest is not None:
+            show(*newest)
+
+
+def _rates(counts: Counts, seconds: float) -> dict[str, float]:
+    seconds, pixels = max(seconds, 1e-3), counts.get("num_pixels", 0)
+    return {
+        "images": counts.get("images", 0),
+        "images_per_s": round(counts.get("images", 0) / seconds, 1),
+        "mb_per_s": round(counts.get("source_num_bytes", 0) / seconds / 1e6, 1),
+        "bpp": round(8 * counts.get("bitstream_num_bytes", 0) / pixels, 3) if pixels else 0.0,
+        "rejects": counts.get("rejects", 0),
+    }
+
+
+def _text(rates: dict[str, float]) -> str:
+    text = f"{rates['images']} images  {rates['images_per_s']:.1f}/s  {rates['mb_per_s']:.1f} MB/s"
+    return f"{text}  {rates['bpp']:.3f} bpp  {rates['rejects']} rejects"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
 
 
 def megabytes(num_bytes: float) -> str:

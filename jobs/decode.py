@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import CpusPerWorker, GpusPerWorker, Json, NumWorkers, RayAddress
+from jobs.options import CpusPerWorker, GpusPerWorker, Json, NumWorkers, Quiet, RayAddress
+from jobs.storage import StorageOptions
 
 
 def decode(
@@ -22,13 +23,15 @@ def decode(
     cpus_per_worker: CpusPerWorker = 1.0,
     gpus_per_worker: GpusPerWorker = 0.0,
     ray_address: RayAddress = None,
+    storage_options: StorageOptions = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Decode shards to image files with their captions and other members beside them."""
     from cotam.store.records import RunStore
     from jobs.run import run_job
+    from pipelines.cluster import Resources
     from pipelines.decode import DecodeConfig, DecodeTask, list_shards
-    from pipelines.runner import Resources
 
     source = RunStore(src)
     shards = list_shards(source)
@@ -45,4 +48,4 @@ def decode(
         device = "cuda" if gpus_per_worker else "cpu"
         make_task = partial(DecodeTask, config, device, max(1, round(cpus_per_worker)))
         resources = Resources(num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker)
-        run_job(make_task, shards, store, resources, ray_address, as_json)
+        run_job(make_task, shards, store, resources, ray_address, as_json, quiet=quiet)

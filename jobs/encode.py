@@ -10,7 +10,8 @@ import typer
 
 from cotam.image import MAX_PIXELS
 from cotam.importance import DEFAULT_STRENGTH, Attention
-from jobs.options import Clip, CpusPerWorker, GpusPerWorker, Json, Layer, Model, NumWorkers, Queries, RayAddress
+from jobs.options import Clip, CpusPerWorker, GpusPerWorker, Json, Layer, Model, NumWorkers, Queries, Quiet, RayAddress
+from jobs.storage import StorageOptions
 
 
 def encode(
@@ -38,14 +39,16 @@ def encode(
     cpus_per_worker: CpusPerWorker = 1.0,
     gpus_per_worker: GpusPerWorker = 0.0,
     ray_address: RayAddress = None,
+    storage_options: StorageOptions = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Encode an image corpus into Parquet shards; running it again goes on where it stopped."""
     from cotam.store.records import RunStore
     from cotam.weights import parse_codec, read_weights
     from jobs.run import run_job
+    from pipelines.cluster import Resources
     from pipelines.encode import EncodeConfig, EncodeTask
-    from pipelines.runner import Resources
     from pipelines.sources import list_partitions
 
     loaded = parse_codec(read_weights(model), model)
@@ -69,4 +72,4 @@ def encode(
         device = "cuda" if gpus_per_worker else "cpu"
         make_task = partial(EncodeTask, config, config_hash, device, max(1, round(cpus_per_worker)))
         resources = Resources(num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker)
-        run_job(make_task, partitions, store, resources, ray_address, as_json, max_reject_rate)
+        run_job(make_task, partitions, store, resources, ray_address, as_json, max_reject_rate, quiet)

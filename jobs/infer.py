@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from cotam.tasks.scores import SCORES
-from jobs.options import Adapter, CpusPerWorker, GpusPerWorker, Input, Json, Mllm, NumWorkers, Prompt, RayAddress
+from jobs.options import Adapter, CpusPerWorker, GpusPerWorker, Input, Json, Mllm, NumWorkers, Prompt, Quiet, RayAddress
+from jobs.storage import StorageOptions
 
 
 def infer(
@@ -31,6 +32,8 @@ def infer(
     cpus_per_worker: CpusPerWorker = 1.0,
     gpus_per_worker: GpusPerWorker = 0.0,
     ray_address: RayAddress = None,
+    storage_options: StorageOptions = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Ask an MLLM about decoded images; writes predictions as Parquet, and metrics.json."""
@@ -41,9 +44,9 @@ def infer(
     from cotam.tasks.results import read_predictions, summarise
     from jobs.console import print_json
     from jobs.run import run_job
+    from pipelines.cluster import Resources
     from pipelines.decode import list_shards
     from pipelines.infer import InferConfig, InferTask
-    from pipelines.runner import Resources
     from pipelines.sources import list_partitions
 
     if input_kind not in ("pixels", "tokens"):
@@ -72,7 +75,9 @@ def infer(
         make_task = partial(InferTask, config, device, max(1, round(cpus_per_worker)))
         resources = Resources(num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker)
         try:
-            run_job(make_task, partitions, store, resources, ray_address, as_json=as_json, quiet=as_json)
+            run_job(
+                make_task, partitions, store, resources, ray_address, as_json, quiet=quiet, with_summary=not as_json
+            )
         finally:
             ids = {p.partition_id for p in partitions}
             paths = [record.data for record in store.completions() if record.partition_id in ids]

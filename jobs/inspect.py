@@ -9,6 +9,7 @@ import typer
 
 from jobs.console import print_json, say
 from jobs.options import Json, Store
+from jobs.storage import StorageOptions
 
 
 def inspect(
@@ -20,6 +21,7 @@ def inspect(
     ] = None,
     limit: Annotated[int, typer.Option(help="How many rows to list.", min=1)] = 10,
     rejects: Annotated[bool, typer.Option("--rejects", help="List the rejects instead.")] = False,
+    storage_options: StorageOptions = None,
     as_json: Json = False,
 ) -> None:
     """List rows or rejects of DST, or show one image's row and bitstream header, and decode it to a file."""

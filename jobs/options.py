@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 Model = Annotated[str, typer.Option(help="Codec: a packaged name, or a path or URI of a codec file.")]
 NumWorkers = Annotated[int, typer.Option(help="Worker processes; 0 chooses from the cluster.", min=0)]
 CpusPerWorker = Annotated[float, typer.Option(help="CPUs (and threads) of each worker.", min=0.1)]

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
+from functools import partial
 
 from cotam.store.readers import Partition
 from cotam.store.records import RunStore
 from jobs.console import Incomplete, megabytes, partition_progress, print_json, say
-from pipelines.runner import JobSummary, PartitionTask, Resources, init_ray, run_partitions
+from pipelines.cluster import Resources, init_ray
+from pipelines.logs import LogConfig, log_event
+from pipelines.runner import JobSummary, PartitionTask, run_partitions
+
+_log = logging.getLogger(__name__)
 
 
 def run_job(
@@ -20,20 +26,27 @@ def run_job(
     as_json: bool,
     max_reject_rate: float = 1.0,
     quiet: bool = False,
+    with_summary: bool = True,
 ) -> JobSummary:
-    """Run the job and print its summary, as JSON or for people, or not if ``quiet``. The store has to be locked.
+    """Run the job, with progress on stderr unless ``quiet``, and print its summary. The store has to be locked.
 
     Raises:
         Incomplete: failed partitions, or more rejects than allowed.
         ValueError: the cluster cannot hold a worker.
     """
+    log = LogConfig.from_environment()
+    log.start_in_driver()
     done = store.completed_ids()
     num_pending = sum(p.partition_id not in done for p in partitions)
     if num_pending:
         init_ray(ray_address)
-    with partition_progress(num_pending, "partitions", quiet=as_json or quiet or not num_pending) as update:
-        summary = run_partitions(make_task, partitions, store, resources, update)
-    if quiet:
+    uri = store.root.uri
+    log_event(_log, logging.INFO, "run_started", store=uri, partitions=len(partitions), partitions_pending=num_pending)
+    with partition_progress(num_pending, "partitions", quiet=quiet or not num_pending) as update:
+        summary = run_partitions(partial(_logged, log, make_task), partitions, store, resources, update)
+    sums = {name: value for name, value in dataclasses.asdict(summary).items() if name != "failures"}
+    log_event(_log, logging.INFO, "run_finished", store=uri, **sums, bpp=summary.bpp)
+    if not with_summary:
         pass
     elif as_json:
         print_json({**dataclasses.asdict(summary), "bpp": summary.bpp})
@@ -50,12 +63,20 @@ def run_job(
     return summary
 
 
+def _logged(log: LogConfig, make_task: Callable[[], PartitionTask]) -> PartitionTask:
+    """Build the task in a worker that logs."""
+    log.start_in_worker()
+    return make_task()
+
+
 def _print_summary(summary: JobSummary, uri: str) -> None:
     if summary.num_skipped == summary.num_partitions:
         say(f"Nothing to do: all {summary.num_partitions} partitions are in {uri} already.")
     num_new = summary.num_partitions - summary.num_skipped - summary.num_failed
     if num_new:
         say(f"{num_new} partitions in {summary.seconds:.1f} s; {summary.num_skipped} were there already.")
+    if summary.num_replaced:
+        say(f"{summary.num_replaced} partitions of sources that have changed were replaced by these.")
     say(f"{summary.num_images} images: {summary.num_rows} rows, {summary.num_rejects} rejects.")
     if summary.num_rows:
         ratio = summary.source_num_bytes / max(1, summary.bitstream_num_bytes)

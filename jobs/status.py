@@ -5,18 +5,19 @@ from __future__ import annotations
 from cotam.store.records import RunStore, StoreError
 from jobs.console import megabytes, print_json, say
 from jobs.options import Json, Store
+from jobs.storage import StorageOptions
 
 _SUMS = ("num_images", "num_rows", "num_rejects", "num_pixels", "source_num_bytes", "bitstream_num_bytes")
 
 
-def status(dst: Store, as_json: Json = False) -> None:
+def status(dst: Store, storage_options: StorageOptions = None, as_json: Json = False) -> None:
     """Show what is finished in DST, what failed, and what it was made with."""
     store = RunStore(dst)
     try:
         manifest = store.manifest()
     except FileNotFoundError:
         raise StoreError(f"{dst} has no manifest: nothing was encoded or decoded there") from None
-    records, failures = store.completions(), store.failures()
+    records, failures = list(store.completions()), store.failures()
     total = {name: sum(getattr(r, name) for r in records) for name in _SUMS}
     bpp = 8 * total["bitstream_num_bytes"] / total["num_pixels"] if total["num_pixels"] else None
     if as_json:

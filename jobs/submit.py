@@ -33,6 +33,8 @@ def submit(
     from jobs.cli import check_command
     from jobs.console import say, warn
 
+    if any(a.partition("=")[0] == "--storage-options" for a in arguments):
+        raise typer.BadParameter("a cluster shows the commands of its jobs: set COTAM_STORAGE_OPTIONS or AWS_... there")
     check_command(arguments)
     if os.environ.get("RAY_AUTH_TOKEN") or Path("~/.ray/auth_token").expanduser().exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # what clusters ask for; Ray's client does not look by itself

@@ -21,8 +21,10 @@ from jobs.options import (
     Model,
     NumWorkers,
     Queries,
+    Quiet,
     RayAddress,
 )
+from jobs.storage import StorageOptions
 
 _DEFAULT_BASELINES = "jpeg,webp,avif"
 
@@ -51,6 +53,8 @@ def sweep(
     cpus_per_worker: CpusPerWorker = 1.0,
     gpus_per_worker: GpusPerWorker = 0.0,
     ray_address: RayAddress = None,
+    storage_options: StorageOptions = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Encode, decode and ask at many operating points; writes curves, savings at equal accuracy, and a report."""
@@ -63,7 +67,7 @@ def sweep(
     from cotam.weights import parse_codec, read_weights
     from jobs.console import print_json, say
     from jobs.run import run_job
-    from pipelines.runner import Resources
+    from pipelines.cluster import Resources
     from pipelines.sources import list_partitions
     from pipelines.sweep import ORIGINAL, Point, SweepConfig, SweepTask
 
@@ -87,7 +91,7 @@ def sweep(
         device = "cuda" if gpus_per_worker else "cpu"
         make_task = partial(SweepTask, config, device, max(1, round(cpus_per_worker)))
         resources = Resources(num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker)
-        run_job(make_task, partitions, store, resources, ray_address, quiet=True, as_json=as_json)
+        run_job(make_task, partitions, store, resources, ray_address, as_json, quiet=quiet, with_summary=False)
         ids = {p.partition_id for p in partitions}
         results = results_of(store, [r.data for r in store.completions() if r.partition_id in ids], metric)
         store.root.write_json("results.json", results)

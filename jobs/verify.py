@@ -9,11 +9,13 @@ import typer
 
 from jobs.console import Incomplete, print_json, say
 from jobs.options import Json, Store
+from jobs.storage import StorageOptions
 
 
 def verify(
     dst: Store,
     decode: Annotated[bool, typer.Option(help="Decode every bitstream, too.")] = True,
+    storage_options: StorageOptions = None,
     as_json: Json = False,
 ) -> None:
     """Check hashes and counts of every shard, and that every bitstream decodes; exit 3 if anything is wrong."""
@@ -35,7 +37,7 @@ def verify(
         )
     config = manifest["config"]
     codec = Codec.load(config["model"], max_pixels=config["max_pixels"]) if decode else None
-    records = store.completions()
+    records = list(store.completions())
     problems = verify_store(store, records)
     num_rows = 0
     console = Console(stderr=True, quiet=as_json or not sys.stderr.isatty())

@@ -1,32 +1,45 @@
-"""Counting what a task does with its partition, for the progress bar and the completion record."""
+"""Counting what a task does with its partition, for the progress bar, the metrics and the completion record."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 
+from cotam.stage_times import StageTimes
 from cotam.store.readers import Partition
 from cotam.store.records import Completion
-from cotam.store.schema import Row
+from cotam.store.schema import Reject, Row
+from pipelines.logs import log_event
+from pipelines.metrics import metrics_of, reject_reason, reject_stage
 
 Counts = dict[str, int]
 Report = Callable[[Counts], None]
 
 _NAMES = ("images", "rejects", "num_pixels", "source_num_bytes", "bitstream_num_bytes")
 _REPORT_S = 0.5
+_log = logging.getLogger(__name__)
 
 
 class Counter:
     """Adds up the rows and rejects of one partition, and reports what is new twice a second.
 
     Args:
+        command: "encode", "decode", "infer" or "sweep".
+        partition: whose images are counted.
         report: gets the counts since its last call.
+
+    Attributes:
+        times: of the partition's stages, for the streams that it goes through.
     """
 
-    def __init__(self, report: Report) -> None:
-        self._report = report
+    def __init__(self, command: str, partition: Partition, report: Report) -> None:
+        self.times = StageTimes()
+        self._command, self._partition, self._report = command, partition, report
+        self._metrics = metrics_of(command)
         self._total: Counts = dict.fromkeys(_NAMES, 0)
         self._reported = dict(self._total)
+        self._reported_seconds: dict[str, float] = {}
         self._started = self._last = time.monotonic()
 
     def row(self, row: Row) -> None:
@@ -35,19 +48,26 @@ class Counter:
 
     def image(self, num_pixels: int, source_num_bytes: int, num_bytes: int) -> None:
         """Count an image that made it, of which ``num_bytes`` are stored."""
+        self._metrics.bpp(8 * num_bytes / num_pixels)
         self._add(images=1, num_pixels=num_pixels, source_num_bytes=source_num_bytes, bitstream_num_bytes=num_bytes)
 
-    def reject(self) -> None:
+    def reject(self, reject: Reject) -> None:
         """Count an image that did not."""
+        self._metrics.reject(reject)
+        log_event(
+            _log, logging.DEBUG, "image_rejected", command=self._command, partition_id=self._partition.partition_id,
+            source=reject.source, key=reject.key, stage=reject_stage(reject), reason=reject_reason(reject),
+            error=reject.error,
+        )  # fmt: skip
         self._add(images=1, rejects=1)
 
-    def completion(self, partition: Partition, data: str, num_bytes: int | None, sha256: str | None) -> Completion:
+    def completion(self, data: str, num_bytes: int | None, sha256: str | None) -> Completion:
         """The completion record of the partition, whose output is at ``data``."""
         self._send()
         total = self._total
         return Completion(
-            partition_id=partition.partition_id,
-            source=partition.source,
+            partition_id=self._partition.partition_id,
+            source=self._partition.source,
             num_images=total["images"],
             num_rows=total["images"] - total["rejects"],
             num_rejects=total["rejects"],
@@ -58,6 +78,7 @@ class Counter:
             data_num_bytes=num_bytes,
             data_sha256=sha256,
             seconds=time.monotonic() - self._started,
+            stage_seconds=self._reported_seconds,
         )
 
     def _add(self, **counts: int) -> None:
@@ -67,5 +88,9 @@ class Counter:
             self._send()
 
     def _send(self) -> None:
-        self._report({n: self._total[n] - self._reported[n] for n in _NAMES})
-        self._reported, self._last = dict(self._total), time.monotonic()
+        new = {n: self._total[n] - self._reported[n] for n in _NAMES}
+        self._report(new)
+        self._metrics.images(new["images"], new["num_pixels"], new["source_num_bytes"], new["bitstream_num_bytes"])
+        seconds = self.times.seconds()
+        self._metrics.stage_seconds({n: s - self._reported_seconds.get(n, 0.0) for n, s in seconds.items()})
+        self._reported, self._reported_seconds, self._last = dict(self._total), seconds, time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import tarfile
@@ -16,6 +17,7 @@ import torch
 
 from cotam.codec import Codec
 from cotam.image import MAX_PIXELS, encode_image
+from cotam.stage_times import StageTimes
 from cotam.store.fs import Root
 from cotam.store.readers import Partition
 from cotam.store.records import Completion, RunStore, StoreError
@@ -25,6 +27,7 @@ from cotam.stream import DecodedRow, decode_stream, ordered_map
 from pipelines.counter import Counter, Report
 
 FORMATS = ("png", "jpg", "webdataset")
+_MAX_NAME_BYTES = 200  # file systems take 255, of which a temporary name needs some
 _JPEG_OPTIONS = {"quality": 95, "subsampling": 0}
 
 
@@ -82,6 +85,8 @@ class DecodeTask:
         num_threads: for the networks on a CPU, for entropy decoding and for image files.
     """
 
+    command = "decode"
+
     def __init__(self, config: DecodeConfig, device: str, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
         self._config, self._num_threads = config, num_threads
@@ -89,54 +94,65 @@ class DecodeTask:
 
     def process(self, partition: Partition, store: RunStore, report: Report) -> Completion:
         """Decode one shard; publishes its images and rejects. Errors as ``PartitionTask.process``."""
-        counts = Counter(report)
+        counts = Counter(self.command, partition, report)
+        times = counts.times
         rows = read_rows(Root(partition.source), partition.paths[0])
-        decoded = decode_stream(rows, self._codec, self._num_threads)
+        decoded = decode_stream(rows, self._codec, self._num_threads, times=times)
         with (
             tempfile.TemporaryDirectory(prefix="cotam-") as folder,
             ThreadPoolExecutor(self._num_threads, thread_name_prefix="cotam-files") as executor,
         ):
             bad = RejectWriter(Path(folder) / "rejects.parquet")
             with bad:
-                files = ordered_map(executor, self._to_files, decoded, 2 * self._num_threads)
+                files = ordered_map(executor, lambda d: self._to_files(d, times), decoded, 2 * self._num_threads)
                 if self._config.format == "webdataset":
                     data = f"data/{partition.partition_id}.tar"
                     tar = Path(folder) / "shard.tar"
                     _write_tar(_counted(files, counts, bad), tar)
-                    sha256, num_bytes = file_sha256(tar), tar.stat().st_size
-                    store.root.publish(tar, data)
+                    with times.measure("write"):
+                        sha256, num_bytes = file_sha256(tar), tar.stat().st_size
+                        store.root.publish(tar, data)
                 else:
                     data, sha256, num_bytes = f"data/{partition.partition_id}", None, None
                     for name, content in _counted(files, counts, bad):
-                        store.root.write(f"{data}/{name}", content)
+                        with times.measure("write"):
+                            store.root.write(f"{data}/{name}", content)
             bad.publish(store.root, partition.partition_id)
-        return counts.completion(partition, data, num_bytes, sha256)
+        return counts.completion(data, num_bytes, sha256)
 
-    def _to_files(self, item: DecodedRow | Reject) -> tuple[Row, list[tuple[str, bytes]]] | Reject:
+    def _to_files(self, item: DecodedRow | Reject, times: StageTimes) -> tuple[Row, list[tuple[str, bytes]]] | Reject:
         if isinstance(item, Reject):
             return item
         row = item.row
-        if not _is_safe(row.key):
-            error = "key is no relative path inside the output folder"
-            return Reject(key=row.key, source=row.source, stage="decode", error=error, image=row.bitstream)
         extension = "png" if self._config.format == "webdataset" else self._config.format
-        if extension == "png":
-            image = encode_image(item.pixels, "PNG", compress_level=1)
-        else:
-            image = encode_image(item.pixels, "JPEG", **_JPEG_OPTIONS)
-        members = [(f"{row.key}.{name}", _to_bytes(value)) for name, value in row.members.items()]
+        # Of a sample with several images one is a member, which may have the decoded image's name.
+        names = {m: f"{row.key}.member.{m}" if m == extension else f"{row.key}.{m}" for m in row.members}
+        if not row.key or not all(_is_safe(name) for name in (f"{row.key}.{extension}", *names.values())):
+            return _reject(row, "key or a member's name is no relative path that a file inside DST can have")
+        with times.measure("image"):
+            if extension == "png":
+                image = encode_image(item.pixels, "PNG", compress_level=1)
+            else:
+                image = encode_image(item.pixels, "JPEG", **_JPEG_OPTIONS)
+        members = [(name, _to_bytes(row.members[m])) for m, name in names.items()]
         return row, [(f"{row.key}.{extension}", image), *members]
 
 
 def _counted(
     items: Iterable[tuple[Row, list[tuple[str, bytes]]] | Reject], counts: Counter, bad: RejectWriter
 ) -> Iterator[tuple[str, bytes]]:
+    written: set[bytes] = set()  # by digest: names may be long, and there may be many
     for item in items:
+        if not isinstance(item, Reject):
+            digests = {hashlib.blake2b(name.encode(), digest_size=16).digest() for name, _ in item[1]}
+            if len(digests) < len(item[1]) or not written.isdisjoint(digests):
+                item = _reject(item[0], "another image of this shard has the same key")
         if isinstance(item, Reject):
             bad.write(item)
-            counts.reject()
+            counts.reject(item)
             continue
         row, files = item
+        written |= digests
         counts.row(row)
         yield from files
 
@@ -149,10 +165,16 @@ def _write_tar(files: Iterable[tuple[str, bytes]], path: Path) -> None:
             tar.addfile(info, io.BytesIO(content))
 
 
-def _is_safe(key: str) -> bool:
-    """Whether a key from outside stays inside the folder it is joined to."""
-    parts = PurePosixPath(key).parts
-    return bool(parts) and not key.startswith("/") and ".." not in parts and "\0" not in key and "\\" not in key
+def _reject(row: Row, error: str) -> Reject:
+    return Reject(key=row.key, source=row.source, stage="decode", error=error, image=row.bitstream)
+
+
+def _is_safe(name: str) -> bool:
+    """Whether a file name from outside stays inside the folder it is joined to, and can be a file there."""
+    parts = PurePosixPath(name).parts
+    is_plain = "\\" not in name and not any(c < " " or c == "\x7f" for c in name)
+    fits = all(len(part.encode()) <= _MAX_NAME_BYTES for part in parts)
+    return bool(parts) and not name.startswith("/") and ".." not in parts and is_plain and fits
 
 
 def _to_bytes(value: Any) -> bytes:

@@ -66,6 +66,8 @@ class EncodeTask:
         num_threads: for the networks on a CPU, and for image decoding and entropy coding.
     """
 
+    command = "encode"
+
     def __init__(self, config: EncodeConfig, config_hash: str, device: str, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
         self._config, self._config_hash, self._num_threads = config, config_hash, num_threads
@@ -76,7 +78,8 @@ class EncodeTask:
 
     def process(self, partition: Partition, store: RunStore, report: Report) -> Completion:
         """Encode one partition; publishes rejects, then the shard. Errors as ``PartitionTask.process``."""
-        counts = Counter(report)
+        counts = Counter(self.command, partition, report)
+        times = counts.times
         metadata = {
             "cotam_schema_version": str(SCHEMA_VERSION),
             "cotam_model": self._config.model,
@@ -88,18 +91,20 @@ class EncodeTask:
             with ShardWriter(shard, metadata, member_types(partition)) as writer, RejectWriter(bad) as rejects:
                 samples = read_partition(partition)
                 quality = self._config.quality
-                for item in encode_stream(samples, self._codec, quality, self._num_threads, self._steering):
+                for item in encode_stream(samples, self._codec, quality, self._num_threads, self._steering, times):
                     if isinstance(item, Row):
-                        writer.write(item)
+                        with times.measure("write"):
+                            writer.write(item)
                         counts.row(item)
                     else:
                         rejects.write(item if self._config.keep_rejects else dataclasses.replace(item, image=None))
-                        counts.reject()
-            rejects.publish(store.root, partition.partition_id)
-            sha256, num_bytes = file_sha256(shard), shard.stat().st_size
-            path = f"data/{partition.partition_id}.parquet"
-            store.root.publish(shard, path)
-        return counts.completion(partition, path, num_bytes, sha256)
+                        counts.reject(item)
+            with times.measure("write"):
+                rejects.publish(store.root, partition.partition_id)
+                sha256, num_bytes = file_sha256(shard), shard.stat().st_size
+                path = f"data/{partition.partition_id}.parquet"
+                store.root.publish(shard, path)
+        return counts.completion(path, num_bytes, sha256)
 
 
 def _steering(config: EncodeConfig, device: str) -> Steering | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from cotam.codec import Codec
 from cotam.image import MAX_PIXELS, ImageError, RGBImage, decode_image
 from cotam.mllm.backend import Asked, Mllm, MllmConfig, MllmError, load_mllm
+from cotam.stage_times import StageTimes
 from cotam.store.fs import Root
 from cotam.store.readers import Partition, read_partition
 from cotam.store.records import Completion, RunStore
@@ -86,6 +87,8 @@ class InferTask:
         num_threads: for the networks on a CPU, and for decoding.
     """
 
+    command = "infer"
+
     def __init__(self, config: InferConfig, device: str, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
         self._config, self._num_threads = config, num_threads
@@ -95,8 +98,9 @@ class InferTask:
 
     def process(self, partition: Partition, store: RunStore, report: Report) -> Completion:
         """Ask about one partition; publishes rejects, then predictions. Errors as ``PartitionTask.process``."""
-        counts = Counter(report)
-        views = prefetch(self._views(partition), 2 * self._config.mllm.batch_size)
+        counts = Counter(self.command, partition, report)
+        times = counts.times
+        views = prefetch(self._views(partition, times), 2 * self._config.mllm.batch_size)
         with tempfile.TemporaryDirectory(prefix="cotam-") as folder:
             path, bad = Path(folder) / "predictions.parquet", Path(folder) / "rejects.parquet"
             with pq.ParquetWriter(path, PREDICTION_SCHEMA, compression="ZSTD") as writer, RejectWriter(bad) as rejects:
@@ -106,27 +110,29 @@ class InferTask:
                         item = with_questions(view, self._questions) if isinstance(view, View) else view
                         if isinstance(item, Reject):
                             rejects.write(item)
-                            counts.reject()
+                            counts.reject(item)
                         else:
                             asked.append(item)
                             counts.image(view.pixels.size // 3, view.source_num_bytes, view.num_bytes)
-                    rows = ask(self._mllm, asked, self._config.metric)
+                    with times.measure("mllm"):
+                        rows = ask(self._mllm, asked, self._config.metric)
                     if rows:
                         writer.write_table(pa.Table.from_pylist(rows, PREDICTION_SCHEMA))
-            rejects.publish(store.root, partition.partition_id)
-            sha256, num_bytes = file_sha256(path), path.stat().st_size
-            target = f"data/{partition.partition_id}.parquet"
-            store.root.publish(path, target)
-        return counts.completion(partition, target, num_bytes, sha256)
+            with times.measure("write"):
+                rejects.publish(store.root, partition.partition_id)
+                sha256, num_bytes = file_sha256(path), path.stat().st_size
+                target = f"data/{partition.partition_id}.parquet"
+                store.root.publish(path, target)
+        return counts.completion(target, num_bytes, sha256)
 
-    def _views(self, partition: Partition) -> Iterator[View | Reject]:
+    def _views(self, partition: Partition, times: StageTimes) -> Iterator[View | Reject]:
         if partition.kind != "shard":
-            yield from read_views(read_partition(partition), self._config.max_pixels, self._num_threads)
+            yield from read_views(read_partition(partition), self._config.max_pixels, self._num_threads, times)
             return
         assert self._codec is not None, "shards need a codec"
         rows = read_rows(Root(partition.source), partition.paths[0])
         with_latents = bool(self._config.mllm.adapter)
-        for item in decode_stream(rows, self._codec, self._num_threads, with_latents):
+        for item in decode_stream(rows, self._codec, self._num_threads, with_latents, times):
             if isinstance(item, Reject):
                 yield item
             else:
@@ -135,21 +141,24 @@ class InferTask:
                 yield View(row.key, row.source, row.members, item.pixels, *sizes, item.y_hat)
 
 
-def read_views(samples: Iterable[Sample | Reject], max_pixels: int, num_threads: int) -> Iterator[View | Reject]:
+def read_views(
+    samples: Iterable[Sample | Reject], max_pixels: int, num_threads: int, times: StageTimes
+) -> Iterator[View | Reject]:
     """The images of a source as they are, decoded in threads, in order."""
 
     def decode(sample: Sample | Reject) -> View | Reject:
         if isinstance(sample, Reject):
             return sample
         try:
-            pixels = decode_image(sample.image, max_pixels).pixels
+            with times.measure("image"):
+                pixels = decode_image(sample.image, max_pixels).pixels
         except ImageError as error:
             return Reject(key=sample.key, source=sample.source, stage="decode", error=str(error), image=sample.image)
         size = len(sample.image)
         return View(sample.key, sample.source, sample.members, pixels, size, size)
 
     with ThreadPoolExecutor(num_threads, thread_name_prefix="cotam-decode") as executor:
-        yield from ordered_map(executor, decode, samples, 2 * num_threads)
+        yield from ordered_map(executor, decode, times.iterate("read", samples), 2 * num_threads)
 
 
 def with_questions(view: View, source: QuestionSource) -> tuple[View, list[Question]] | Reject:

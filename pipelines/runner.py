@@ -1,7 +1,13 @@
 """The partition runner: partitions through a pool of Ray Data actors, with retries, progress and a summary.
 
-A partition is the unit of everything: one Ray Data row, one task, one completion record. Pixels never cross the object
-store; an actor streams its partition from source to shard and returns a few counts.
+A partition is the unit of everything: it has one completion record, whoever worked on it and however often. Pixels
+never cross the object store; an actor streams its partitions from source to shard and returns their ids.
+
+    pending partitions -> rounds of waves -> tasks of some partitions each -> workers -> outcomes in the store
+
+Ray retries nothing. A task that is lost with its worker or node comes back in the next round, whose pool is sized to
+the cluster as it is then, so nothing waits for a node that does not return; partitions that were finished meanwhile
+are recognised by their completion records.
 """
 
 from __future__ import annotations
@@ -9,32 +15,40 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
-import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from ray.exceptions import ObjectLostError
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from cotam.store.readers import Partition, partition_from_json
+from cotam.store.fs import is_transient
+from cotam.store.readers import Partition, partition_from_dict
 from cotam.store.records import Completion, RunStore
+from cotam.store.storage_options import storage_configuration, use_storage_configuration
+from pipelines.cluster import Resources, pool_size
 from pipelines.counter import Counts, Report
+from pipelines.events import PartitionEvents
+from pipelines.progress import OnProgress, Progress, polling
 
-PARTITIONS_PER_WAVE = 1000
+_TASKS_PER_WAVE = 1000  # what the driver holds at a time
+_TASKS_PER_WORKER = 16  # at least so many, while there are partitions enough: no worker idles long at the end
+_PARTITIONS_PER_TASK = 64  # at most: a task of Ray Data costs the driver some 10 ms
 _WORKER_ATTEMPTS = 3  # a partition that takes down this many workers is left alone
 _SOURCE_ATTEMPTS = 3
-_POLL_S = 0.5
 
 
 class PartitionTask(Protocol):
-    """What an actor does with its partitions; built once an actor, inside it."""
+    """What an actor does with its partitions; built once an actor, inside it.
+
+    ``command`` is "encode", "decode", "infer" or "sweep": a tag of logs and metrics.
+    """
+
+    command: str
 
     def process(self, partition: Partition, store: RunStore, report: Report) -> Completion:
         """Turn one partition into published output.
@@ -46,25 +60,10 @@ class PartitionTask(Protocol):
                 bitstream_num_bytes, num_pixels.
 
         Raises:
-            OSError: the source or the store failed; the partition is tried again.
+            OSError: the source or the store failed; the partition is tried again, unless ``is_transient`` says no.
             Exception: anything else fails the partition.
         """
         ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Resources:
-    """What one worker gets.
-
-    Attributes:
-        num_workers: actors in the pool; 0 chooses from the cluster.
-        cpus_per_worker: CPUs, and threads for the networks.
-        gpus_per_worker: GPUs, fractions allowed; 0 runs on CPUs.
-    """
-
-    num_workers: int = 0
-    cpus_per_worker: float = 1.0
-    gpus_per_worker: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +72,7 @@ class JobSummary:
 
     Attributes:
         num_partitions: in the source; of these num_skipped were finished before and num_failed could not be finished.
+        num_replaced: partitions of earlier runs whose source has changed since: their output is gone.
         failures: partition_id, source and error of the failed ones.
         num_images, num_rows, num_rejects, num_pixels, source_num_bytes, bitstream_num_bytes: sums over all finished
             partitions of the source, earlier runs included.
@@ -81,6 +81,7 @@ class JobSummary:
 
     num_partitions: int
     num_skipped: int
+    num_replaced: int
     num_failed: int
     failures: list[dict[str, str]]
     num_images: int
@@ -97,16 +98,12 @@ class JobSummary:
         return 8 * self.bitstream_num_bytes / self.num_pixels if self.num_pixels else 0.0
 
 
-class ResourceError(ValueError):
-    """The cluster does not have what was asked for."""
-
-
 def run_partitions(
     make_task: Callable[[], PartitionTask],
     partitions: list[Partition],
     store: RunStore,
     resources: Resources,
-    on_progress: Callable[[Counts, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> JobSummary:
     """Process the partitions that have no completion record yet. Ray has to be initialised, the store locked.
 
@@ -119,109 +116,123 @@ def run_partitions(
 
     Raises:
         ResourceError: the cluster cannot hold one such worker.
+        RuntimeError: workers die before they begin with a partition.
     """
     started = time.monotonic()
     done = store.completed_ids()
     pending = [p for p in partitions if p.partition_id not in done]
+    num_skipped = len(partitions) - len(pending)
+    del done
     if pending:
-        store.forget_attempts()
-        pool_size = _pool_size(resources, len(pending))
-        progress = _Progress.remote()  # type: ignore[attr-defined]  # added by ray.remote
-        with _polling(progress, on_progress):
-            for k in range(0, len(pending), PARTITIONS_PER_WAVE):
-                wave = pending[k : k + PARTITIONS_PER_WAVE]
-                _run_wave(make_task, wave, store.root.uri, resources, pool_size, progress)
-    return _summary(partitions, len(partitions) - len(pending), store, time.monotonic() - started)
+        store.forget_attempts({p.partition_id for p in pending})
+        progress = Progress.remote()  # type: ignore[attr-defined]  # added by ray.remote
+        with polling(progress, on_progress):
+            _run_rounds(make_task, pending, store.root.uri, resources, progress)
+    return _summarise(partitions, num_skipped, store, started)
 
 
-def init_ray(address: str | None = None, num_cpus: int | None = None) -> None:
-    """Connect to the cluster at ``address``, or start a quiet one on this machine; does nothing when Ray is up."""
-    if ray.is_initialized():
-        return
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    local: dict[str, Any] = {
-        # One CPU more than there is, so that a worker a core leaves room for Ray's own tasks.
-        "num_cpus": num_cpus or (os.cpu_count() or 1) + 1,
-        "include_dashboard": False,
-        "object_store_memory": 150 * 2**20,
-    }
-    cluster = address or os.environ.get("RAY_ADDRESS")
-    with _quiet_stderr():
-        ray.init(**({"address": cluster} if cluster else local), log_to_driver=False, logging_level=logging.ERROR)
-
-
-@contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Ray's C++ core greets on stderr whatever its log level; what goes wrong in ray.init is raised."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "wb") as sink:
-            os.dup2(sink.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+def _run_rounds(
+    make_task: Callable[[], PartitionTask],
+    pending: list[Partition],
+    store_uri: str,
+    resources: Resources,
+    progress: Any,
+) -> None:
+    futile = 0
+    per_task = _PARTITIONS_PER_TASK
+    while pending:
+        workers = pool_size(resources, len(pending))
+        per_task = max(1, min(per_task, len(pending) // (_TASKS_PER_WORKER * workers)))
+        settled: set[str] = set()
+        for wave in _chunks(pending, per_task * _TASKS_PER_WAVE):
+            settled |= _run_wave(make_task, list(_chunks(wave, per_task)), store_uri, resources, workers, progress)
+        # A poisonous partition kills its worker in _WORKER_ATTEMPTS rounds and is given up in the next one.
+        futile = 0 if settled else futile + 1
+        if futile > _WORKER_ATTEMPTS:
+            raise RuntimeError("workers die before they begin; see Ray's logs for the reason, memory above all")
+        pending = [p for p in pending if p.partition_id not in settled]
+        per_task = 1  # what takes down workers takes nothing else with it
 
 
 def _run_wave(
     make_task: Callable[[], PartitionTask],
-    wave: list[Partition],
+    tasks: list[list[Partition]],
     store_uri: str,
     resources: Resources,
-    pool_size: int,
+    num_workers: int,
     progress: Any,
-) -> None:
-    dataset = ray.data.from_items(
-        [{"partition": json.dumps(dataclasses.asdict(p))} for p in wave], override_num_blocks=len(wave)
-    )
+) -> set[str]:
+    """Ids of the partitions whose outcome is in the store; those of lost tasks are missing."""
+    rows = [{"partitions": json.dumps([dataclasses.asdict(p) for p in task])} for task in tasks]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    dataset.context.max_errored_blocks = -1  # a lost task is not the job's end
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Ray 2.60 has no other way to bound restarts
         results = dataset.map_batches(
             _Worker,
             batch_size=1,
             batch_format="numpy",
-            fn_constructor_args=(make_task, store_uri, progress),
-            compute=ActorPoolStrategy(size=min(pool_size, len(wave)), max_tasks_in_flight_per_actor=1),
+            fn_constructor_args=(make_task, store_uri, progress, storage_configuration()),
+            compute=ActorPoolStrategy(size=min(num_workers, len(rows)), max_tasks_in_flight_per_actor=1),
             num_cpus=resources.cpus_per_worker,
             num_gpus=resources.gpus_per_worker or None,
-            # Ray Data would restart actors and retry their tasks for ever.
-            max_restarts=_WORKER_ATTEMPTS * len(wave),
-            max_task_retries=_WORKER_ATTEMPTS,
+            # Ray Data would restart actors and retry their tasks for ever, and wait for ever where there is no room.
+            max_restarts=_WORKER_ATTEMPTS * len(rows),
+            max_task_retries=0,
         )
-    for _ in results.iter_rows():
-        pass
+    settled: set[str] = set()
+    try:
+        settled.update(str(row["partition_id"]) for row in results.iter_rows())
+    except ObjectLostError as error:  # ids that were on a lost node
+        logging.getLogger(__name__).warning("a wave was cut short: %s", error)
+    return settled
 
 
 class _Worker:
     """The actor: one task, partitions one after another, every outcome recorded in the store."""
 
-    def __init__(self, make_task: Callable[[], PartitionTask], store_uri: str, progress: Any) -> None:
+    def __init__(
+        self, make_task: Callable[[], PartitionTask], store_uri: str, progress: Any, storage: dict[str, Any]
+    ) -> None:
+        use_storage_configuration(storage)
         self._task = make_task()
         self._store = RunStore(store_uri)
         self._progress = progress
+        self._events = PartitionEvents(self._task.command)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        partition = partition_from_json(str(batch["partition"][0]))
-        if self._store.count_attempt(partition.partition_id) >= _WORKER_ATTEMPTS:
+        partitions = [partition_from_dict(values) for values in json.loads(str(batch["partitions"][0]))]
+        for partition in partitions:
+            self._settle(partition)
+            self._progress.add.remote({}, 1)
+        return {"partition_id": [partition.partition_id for partition in partitions]}
+
+    def _settle(self, partition: Partition) -> None:
+        """Process a partition, unless that has been done since the job began, and record what comes of it."""
+        store, name = self._store, partition.partition_id
+        if store.is_complete(name):
+            return
+        num_deaths = store.count_attempt(name)
+        if num_deaths >= _WORKER_ATTEMPTS:
             error = f"{_WORKER_ATTEMPTS} workers died on it; left alone until the next run"
-            self._store.fail(partition.partition_id, partition.source, error)
-        else:
-            try:
-                retrying = Retrying(
-                    retry=retry_if_exception_type(OSError),
-                    stop=stop_after_attempt(_SOURCE_ATTEMPTS),
-                    wait=wait_random_exponential(multiplier=1, max=30),
-                    reraise=True,
-                )
-                self._store.complete(retrying(self._process, partition))
-            except Exception as error:  # one partition's failure is recorded and never stops the others
-                self._store.fail(partition.partition_id, partition.source, _one_line(error))
-        self._progress.add.remote({}, 1)
-        return {"partition_id": [partition.partition_id]}
+            store.fail(name, partition.source, error)
+            self._events.abandoned(partition, error)
+            return
+        self._events.started(partition, num_deaths)
+        try:
+            retrying = Retrying(
+                retry=retry_if_exception(is_transient),
+                stop=stop_after_attempt(_SOURCE_ATTEMPTS),
+                wait=wait_random_exponential(multiplier=1, max=30),
+                before_sleep=lambda failed: self._events.retried(partition, failed),
+                reraise=True,
+            )
+            record = retrying(self._process, partition)
+            store.complete(record)
+            self._events.completed(partition, record)
+        except Exception as error:  # one partition's failure is recorded and never stops the others
+            store.fail(name, partition.source, _one_line(error))
+            self._events.failed(partition, _one_line(error))
 
     def _process(self, partition: Partition) -> Completion:
         reported: Counts = {}
@@ -238,83 +249,42 @@ class _Worker:
             raise
 
 
-@ray.remote(num_cpus=0)
-class _Progress:
-    """Adds up what the workers report."""
-
-    def __init__(self) -> None:
-        self._counts: Counts = {}
-        self._num_done = 0
-
-    def add(self, counts: Counts, num_done: int) -> None:
-        for name, value in counts.items():
-            self._counts[name] = self._counts.get(name, 0) + value
-        self._num_done += num_done
-
-    def snapshot(self) -> tuple[Counts, int]:
-        return self._counts, self._num_done
+_SUMMED = ("num_images", "num_rows", "num_rejects", "num_pixels", "source_num_bytes", "bitstream_num_bytes")
 
 
-class _polling:
-    """While in this context, a thread hands the workers' counts to ``on_progress``."""
-
-    def __init__(self, progress: Any, on_progress: Callable[[Counts, int], None] | None) -> None:
-        self._progress, self._on_progress = progress, on_progress
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True, name="cotam-progress")
-
-    def __enter__(self) -> None:
-        if self._on_progress is not None:
-            self._thread.start()
-
-    def __exit__(self, *exc: object) -> None:
-        self._stop.set()
-        if self._on_progress is not None:
-            self._thread.join()
-
-    def _run(self) -> None:
-        assert self._on_progress is not None
-        while not self._stop.wait(_POLL_S):
-            self._on_progress(*ray.get(self._progress.snapshot.remote()))
-        self._on_progress(*ray.get(self._progress.snapshot.remote()))
-
-
-def _pool_size(resources: Resources, num_partitions: int) -> int:
-    cluster = ray.cluster_resources()
-    cpus, gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
-    if resources.gpus_per_worker > gpus:
-        raise ResourceError(f"{resources.gpus_per_worker:g} GPUs a worker, but the cluster has {gpus:g}")
-    if resources.cpus_per_worker > cpus - 1:
-        raise ResourceError(f"{resources.cpus_per_worker:g} CPUs a worker, but the cluster has {cpus - 1:g} to spare")
-    fits = (cpus - 1) // resources.cpus_per_worker
-    if resources.gpus_per_worker:
-        fits = min(fits, gpus // resources.gpus_per_worker)
-    if resources.num_workers > fits:
-        raise ResourceError(f"{resources.num_workers} workers, but the cluster has room for {fits:g}")
-    return min(resources.num_workers or int(fits), num_partitions)
-
-
-def _summary(partitions: list[Partition], num_skipped: int, store: RunStore, seconds: float) -> JobSummary:
-    ids = {p.partition_id for p in partitions}
-    records = [r for r in store.completions() if r.partition_id in ids]
+def _summarise(partitions: list[Partition], num_skipped: int, store: RunStore, started: float) -> JobSummary:
+    """Sums over the records of ``partitions``; what earlier versions of their sources left behind is removed."""
+    ids, sources = {p.partition_id for p in partitions}, {p.source for p in partitions}
     failures = [f for f in store.failures() if f["partition_id"] in ids]
-
-    def total(name: str) -> int:
-        return sum(getattr(r, name) for r in records)
-
+    totals = dict.fromkeys(_SUMMED, 0)
+    done: set[str] = set()
+    earlier: list[Completion] = []
+    for record in store.completions():
+        if record.partition_id in ids:
+            done.add(record.partition_id)
+            for name in _SUMMED:
+                totals[name] += getattr(record, name)
+        elif record.source in sources:
+            earlier.append(record)
+    # The new version of a source is whole before the old one goes.
+    unfinished = {p.source for p in partitions if p.partition_id not in done} if earlier else set()
+    replaced = [record for record in earlier if record.source not in unfinished]
+    for record in replaced:
+        store.discard(record)
     return JobSummary(
         num_partitions=len(partitions),
         num_skipped=num_skipped,
+        num_replaced=len(replaced),
         num_failed=len(failures),
         failures=failures,
-        num_images=total("num_images"),
-        num_rows=total("num_rows"),
-        num_rejects=total("num_rejects"),
-        num_pixels=total("num_pixels"),
-        source_num_bytes=total("source_num_bytes"),
-        bitstream_num_bytes=total("bitstream_num_bytes"),
-        seconds=seconds,
+        seconds=time.monotonic() - started,
+        **totals,
     )
+
+
+def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 def _one_line(error: Exception) -> str:

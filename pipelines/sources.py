@@ -10,16 +10,17 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import braceexpand
-import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from cotam.store.fs import split_uri
-from cotam.store.readers import IMAGE_EXTENSIONS, Partition, image_column
+from cotam.store.readers import TAR_SUFFIXES, Partition, image_column, parquet_metadata
+from cotam.store.tars import IMAGE_EXTENSIONS
 
 FILES_PER_PARTITION = 500
 PARQUET_PARTITION_BYTES = 128 * 2**20
-_TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+# Images that are not read: listed all the same, so that each becomes a reject instead of being passed over.
+_OTHER_EXTENSIONS = ("heic", "heif", "jp2", "jxl")
 
 
 class SourceError(ValueError):
@@ -35,14 +36,16 @@ def list_partitions(source: str, wanted_image_column: str | None = None) -> list
         wanted_image_column: the image column of Parquet files, where it cannot be told.
 
     Raises:
-        SourceError: nothing is found.
-        ValueError: unknown protocol, or a Parquet file without an image column.
+        SourceError: nothing is found, or nothing but Parquet files that cannot be read. One such file among others is
+            a partition that fails.
+        ValueError: unknown protocol.
+        OSError: the storage fails.
     """
     partitions: list[Partition] = []
     for pattern in _expand_braces(source):
         fs, path = split_uri(pattern)
         if any(c in path for c in "*?["):
-            files = {name: info for name, info in fs.glob(path, detail=True).items() if info["type"] == "file"}
+            files = {name: info for name, info in fs.glob(path, detail=True).items() if info["type"] != "directory"}
             if not files:
                 raise SourceError(f"no file matches {pattern}")
         elif fs.isdir(path):
@@ -55,6 +58,10 @@ def list_partitions(source: str, wanted_image_column: str | None = None) -> list
                 raise SourceError(f"{pattern} does not exist") from None
         for name in sorted(files):
             partitions += _list_file(fs, name, files[name], wanted_image_column)
+    if not partitions:
+        raise SourceError(f"{source} holds no rows")
+    if all(p.problem for p in partitions):
+        raise SourceError(f"{partitions[0].source}: {partitions[0].problem}")
     return partitions
 
 
@@ -66,14 +73,20 @@ def _expand_braces(source: str) -> Iterable[str]:
 
 
 def _list_folder(fs: AbstractFileSystem, path: str, uri: str, wanted: str | None) -> list[Partition]:
-    found: dict[str, dict[str, Any]] = fs.find(path, detail=True)
+    # Without on_error, fsspec passes over folders that it may not read.
+    strict = {"on_error": "raise"} if isinstance(fs, LocalFileSystem) else {}
+    found: dict[str, dict[str, Any]] = fs.find(path, detail=True, **strict)
     files = {
         n: i for n, i in found.items() if not any(part.startswith((".", "_")) for part in _relative(n, path).split("/"))
     }
-    containers = sorted(n for n in files if n.lower().endswith((*_TAR_SUFFIXES, ".parquet")))
+    containers = sorted(n for n in files if n.lower().endswith((*TAR_SUFFIXES, ".parquet")))
+    images = sorted(n for n in files if n.lower().rsplit(".", 1)[-1] in (*IMAGE_EXTENSIONS, *_OTHER_EXTENSIONS))
+    if containers and images:
+        raise SourceError(
+            f"{uri} holds images beside tars or Parquet files; name the one or the other, as in {uri}/*.tar"
+        )
     if containers:
         return [p for name in containers for p in _list_file(fs, name, files[name], wanted)]
-    images = sorted(n for n in files if n.lower().rsplit(".", 1)[-1] in IMAGE_EXTENSIONS)
     if not images:
         raise SourceError(
             f"no tar, Parquet or image file in {uri}; looked for .tar, .parquet, .{', .'.join(IMAGE_EXTENSIONS)}"
@@ -98,42 +111,39 @@ def _list_file(fs: AbstractFileSystem, path: str, info: dict[str, Any], wanted: 
     name = PurePosixPath(path).name
     source = _uri(fs, path)
     if name.lower().endswith(".parquet"):
-        return _list_parquet(fs, path, source, info, wanted)
-    if name.lower().endswith(_TAR_SUFFIXES):
+        return _list_parquet(path, source, info, wanted)
+    if name.lower().endswith(TAR_SUFFIXES):
         identity = [(source, *_version(info))]
-        stem = name[: name.lower().index(".t")]
+        stem = name[: name.lower().rindex(".t")]
         return [
             Partition(partition_id=_partition_id(stem, identity), kind="tar", source=source, num_bytes=info["size"])
         ]
     raise SourceError(f"{source} is neither a tar nor a Parquet file nor a folder")
 
 
-def _list_parquet(
-    fs: AbstractFileSystem, path: str, source: str, info: dict[str, Any], wanted: str | None
-) -> list[Partition]:
+def _list_parquet(path: str, source: str, info: dict[str, Any], wanted: str | None) -> list[Partition]:
+    def partition(groups: tuple[int, int], column: str, num_bytes: int, problem: str = "") -> Partition:
+        identity = [(source, *_version(info), *groups, column)]
+        return Partition(
+            partition_id=_partition_id(f"{PurePosixPath(path).stem}-{groups[0]:05d}", identity),
+            kind="parquet",
+            source=source,
+            row_groups=groups,
+            image_column=column,
+            num_bytes=num_bytes,
+            problem=problem,
+        )
+
     try:
-        with fs.open(path, "rb") as file:
-            metadata = pq.read_metadata(file)
+        metadata = parquet_metadata(source)
         column = image_column(metadata.schema.to_arrow_schema(), wanted)
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{source}: {error}") from None
+    except ValueError as error:
+        return [partition((0, 0), wanted or "", info["size"], str(error))]
     partitions, first, num_bytes = [], 0, 0
     for k in range(metadata.num_row_groups):
         num_bytes += metadata.row_group(k).total_byte_size
         if num_bytes >= PARQUET_PARTITION_BYTES or k == metadata.num_row_groups - 1:
-            groups = (first, k + 1)
-            partitions.append(
-                Partition(
-                    partition_id=_partition_id(
-                        f"{PurePosixPath(path).stem}-{first:05d}", [(source, *_version(info), *groups, column)]
-                    ),
-                    kind="parquet",
-                    source=source,
-                    row_groups=groups,
-                    image_column=column,
-                    num_bytes=num_bytes,
-                )
-            )
+            partitions.append(partition((first, k + 1), column, num_bytes))
             first, num_bytes = k + 1, 0
     return partitions
 

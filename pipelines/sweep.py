@@ -23,6 +23,7 @@ from cotam.importance.source import ImportanceMap
 from cotam.importance.tower import AttentionTower
 from cotam.metrics import psnr_rgb
 from cotam.mllm.backend import MllmConfig, load_mllm
+from cotam.stage_times import StageTimes
 from cotam.store.readers import Partition, read_partition
 from cotam.store.records import Completion, RunStore
 from cotam.store.schema import Reject
@@ -108,6 +109,8 @@ class SweepTask:
         num_threads: for the networks on a CPU, and for entropy coding.
     """
 
+    command = "sweep"
+
     def __init__(self, config: SweepConfig, device: str, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
         self._config, self._num_threads = config, num_threads
@@ -123,8 +126,9 @@ class SweepTask:
 
     def process(self, partition: Partition, store: RunStore, report: Report) -> Completion:
         """Measure one partition; publishes rejects, then rows. Errors as ``PartitionTask.process``."""
-        counts = Counter(report)
-        views = read_views(read_partition(partition), self._config.max_pixels, self._num_threads)
+        counts = Counter(self.command, partition, report)
+        times = counts.times
+        views = read_views(read_partition(partition), self._config.max_pixels, self._num_threads, times)
         with tempfile.TemporaryDirectory(prefix="cotam-") as folder:
             path, bad = Path(folder) / "rows.parquet", Path(folder) / "rejects.parquet"
             with pq.ParquetWriter(path, SWEEP_SCHEMA, compression="ZSTD") as writer, RejectWriter(bad) as rejects:
@@ -134,22 +138,24 @@ class SweepTask:
                         item = with_questions(view, self._questions) if isinstance(view, View) else view
                         if isinstance(item, Reject):
                             rejects.write(item)
-                            counts.reject()
+                            counts.reject(item)
                         else:
                             asked.append(item)
-                    for table in self._measure(asked) if asked else ():
+                    for table in self._measure(asked, times) if asked else ():
                         writer.write_table(table)
                     for view, _ in asked:
                         counts.image(view.pixels.size // 3, view.source_num_bytes, view.num_bytes)
-            rejects.publish(store.root, partition.partition_id)
-            sha256, num_bytes = file_sha256(path), path.stat().st_size
-            target = f"data/{partition.partition_id}.parquet"
-            store.root.publish(path, target)
-        return counts.completion(partition, target, num_bytes, sha256)
+            with times.measure("write"):
+                rejects.publish(store.root, partition.partition_id)
+                sha256, num_bytes = file_sha256(path), path.stat().st_size
+                target = f"data/{partition.partition_id}.parquet"
+                store.root.publish(path, target)
+        return counts.completion(target, num_bytes, sha256)
 
-    def _measure(self, asked: list[tuple[View, list[Question]]]) -> Iterator[pa.Table]:
+    def _measure(self, asked: list[tuple[View, list[Question]]], times: StageTimes) -> Iterator[pa.Table]:
         views, questions = zip(*asked, strict=True)
-        maps = self._estimator([view.pixels for view in views]) if self._estimator is not None else None
+        with times.measure("importance"):
+            maps = self._estimator([view.pixels for view in views]) if self._estimator is not None else None
         # Points that differ in the input only share their bitstreams.
         stored: dict[tuple[str, float, float], Sequence[View]] = {}
         for point in self._config.points:
@@ -157,7 +163,8 @@ class SweepTask:
             if how not in stored:
                 stored = {how: self._store(views, point, maps)}
             decoded = stored[how]
-            rows = ask(self._mllms[point.input], list(zip(decoded, questions, strict=True)), self._config.metric)
+            with times.measure("mllm"):
+                rows = ask(self._mllms[point.input], list(zip(decoded, questions, strict=True)), self._config.metric)
             psnr = {d.key: psnr_rgb(v.pixels, d.pixels) for v, d in zip(views, decoded, strict=True)}
             if rows:
                 same = dataclasses.asdict(point)

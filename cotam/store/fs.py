@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
+
+_FILES_AT_A_TIME = 1000
+_FINAL = (PermissionError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+for _protocol in ("s3", "s3a"):
+    fsspec.register_implementation(_protocol, "cotam.store.s3.S3", clobber=True)
 
 
 class Root:
@@ -80,15 +86,28 @@ class Root:
         os.replace(temporary, target)
 
     def remove(self, path: str) -> None:
-        """Delete a file if it is there."""
-        if self.exists(path):
-            self.fs.rm_file(self.join(path))
+        """Delete a file, or a folder with everything in it, if it is there."""
+        target = self.join(path)
+        if self.fs.isdir(target):
+            self.fs.rm(target, recursive=True)
+        elif self.fs.exists(target):
+            self.fs.rm_file(target)
 
     def read_json(self, path: str) -> Any:
         """The parsed JSON of a file. Raises FileNotFoundError, or ValueError for a file that is not JSON."""
+        return self._parse(self.read(path), path)
+
+    def read_jsons(self, paths: Sequence[str]) -> Iterator[Any]:
+        """``read_json`` of many files, in order; object stores are asked for many at a time."""
+        for start in range(0, len(paths), _FILES_AT_A_TIME):
+            chunk = paths[start : start + _FILES_AT_A_TIME]
+            contents = self.fs.cat_ranges([self.join(path) for path in chunk], None, None, on_error="raise")
+            yield from map(self._parse, contents, chunk)
+
+    def _parse(self, content: bytes, path: str) -> Any:
         try:
-            return json.loads(self.read(path))
-        except json.JSONDecodeError as error:
+            return json.loads(content)
+        except ValueError as error:
             raise ValueError(f"{self.uri}/{path} is not JSON: {error}") from None
 
     def write_json(self, path: str, value: Any) -> None:
@@ -100,6 +119,11 @@ class Root:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         head, tail = os.path.split(target)
         return os.path.join(head, f".{tail}.{uuid.uuid4().hex[:8]}.tmp")  # hidden: listings and datasets pass it over
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether what raised this may succeed another time: not a refusal, and nothing that is missing."""
+    return isinstance(error, OSError) and not isinstance(error, _FINAL)
 
 
 def split_uri(uri: str) -> tuple[AbstractFileSystem, str]:

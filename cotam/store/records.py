@@ -27,7 +27,7 @@ class StoreError(ValueError):
     """A store that does not fit what is asked of it; the message says what to do."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
     """One finished partition; written last, so where it is, shard and rejects are whole.
 
@@ -40,6 +40,7 @@ class Completion:
         data: path of the shard (or tar, or folder) below the store's root.
         data_num_bytes, data_sha256: of that file; None for a folder.
         seconds: wall time.
+        stage_seconds: how long threads were busy, by stage; see ``cotam.stage_times``.
     """
 
     partition_id: str
@@ -54,6 +55,7 @@ class Completion:
     data_num_bytes: int | None
     data_sha256: str | None
     seconds: float
+    stage_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert self.num_images == self.num_rows + self.num_rejects, "an image is missing"
@@ -116,15 +118,28 @@ class RunStore:
         """Ids of the finished partitions."""
         return {name.removesuffix(".json") for name in self.root.list("_cotam/completed")}
 
-    def completions(self) -> list[Completion]:
-        """All completion records, in order of partition id."""
-        return [Completion(**self.root.read_json(f"_cotam/completed/{n}")) for n in self.root.list("_cotam/completed")]
+    def completions(self) -> Iterator[Completion]:
+        """All completion records, in order of partition id, a few at a time in memory."""
+        names = self.root.list("_cotam/completed")
+        for values in self.root.read_jsons([f"_cotam/completed/{name}" for name in names]):
+            yield Completion(**values)
+
+    def is_complete(self, partition_id: str) -> bool:
+        """Whether a partition has a completion record."""
+        return self.root.exists(f"_cotam/completed/{partition_id}.json")
+
+    def discard(self, record: Completion) -> None:
+        """Remove a finished partition: its output, its rejects, and last its record."""
+        self.root.remove(record.data)
+        self.root.remove(f"_cotam/rejects/{record.partition_id}.parquet")
+        self.root.remove(f"_cotam/completed/{record.partition_id}.json")
 
     def complete(self, record: Completion) -> None:
         """Write a completion record, and forget earlier failures of the partition."""
         self.root.write_json(f"_cotam/completed/{record.partition_id}.json", dataclasses.asdict(record))
-        self.root.remove(f"_cotam/failed/{record.partition_id}.json")
-        self.root.remove(f"_cotam/attempts/{record.partition_id}.json")
+        with contextlib.suppress(OSError):  # what counts is written; what is left is seen to be out of date
+            self.root.remove(f"_cotam/failed/{record.partition_id}.json")
+            self.root.remove(f"_cotam/attempts/{record.partition_id}.json")
 
     def fail(self, partition_id: str, source: str, error: str) -> None:
         """Record a partition that could not be processed."""
@@ -134,12 +149,24 @@ class RunStore:
 
     def failures(self) -> list[dict[str, str]]:
         """The failed partitions: partition_id, source, error."""
-        return [self.root.read_json(f"_cotam/failed/{n}") for n in self.root.list("_cotam/failed")]
+        names = self.root.list("_cotam/failed")
+        done = self.completed_ids() if names else set()
+        return [self.root.read_json(f"_cotam/failed/{n}") for n in names if n.removesuffix(".json") not in done]
 
-    def forget_attempts(self) -> None:
-        """A new run gives every unfinished partition its attempts again."""
-        for name in self.root.list("_cotam/attempts"):
-            self.root.remove(f"_cotam/attempts/{name}")
+    def forget_attempts(self, pending: set[str]) -> None:
+        """A new run gives the partitions in ``pending`` their attempts again; what others left half done is removed.
+
+        An attempt is noted before a partition is begun and forgotten with its completion, so output of a partition
+        that has one and is not in ``pending`` any more, because its source has changed, belongs to nothing.
+        """
+        begun = {name.removesuffix(".json") for name in self.root.list("_cotam/attempts")}
+        abandoned = begun - pending - self.completed_ids() if begun else begun
+        if abandoned:
+            for name in self.root.list("data"):
+                if name.partition(".")[0] in abandoned:
+                    self.root.remove(f"data/{name}")
+        for name in begun:
+            self.root.remove(f"_cotam/attempts/{name}.json")
 
     def count_attempt(self, partition_id: str) -> int:
         """Note that a worker starts on a partition. Returns how many started on it before and did not come back."""
@@ -175,7 +202,8 @@ class RunStore:
         finally:
             stop.set()
             thread.join()
-            self.root.remove(_LOCK)
+            with contextlib.suppress(OSError):  # it goes stale by itself, and is no reason to fail a finished job
+                self.root.remove(_LOCK)
 
     def _refuse_if_locked(self) -> None:
         try:

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipelines import runner
+from pipelines import cluster
 
 
 @pytest.fixture(scope="session", autouse=True)
 def ray_session() -> Iterator[None]:
     import ray
 
-    runner.init_ray(num_cpus=4)
+    cluster.init_ray(num_cpus=4)
     yield
     ray.shutdown()

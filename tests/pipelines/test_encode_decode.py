@@ -24,10 +24,11 @@ from cotam.store.readers import Partition
 from cotam.store.records import Completion, RunStore
 from cotam.store.shard import read_rejects
 from cotam.store.verify import verify_shard, verify_store
+from pipelines.cluster import ResourceError, Resources
 from pipelines.counter import Report
 from pipelines.decode import DecodeConfig, DecodeTask, list_shards
 from pipelines.encode import EncodeConfig, EncodeTask
-from pipelines.runner import JobSummary, ResourceError, Resources, run_partitions
+from pipelines.runner import JobSummary, run_partitions
 from pipelines.sources import list_partitions
 from tests.corpus import bad_files, photograph, to_bytes, write_webdataset
 
@@ -51,7 +52,7 @@ def decode(source: str, dst: str, image_format: str) -> JobSummary:
 
 def problems(dst: str) -> list[str]:
     store = RunStore(dst)
-    records = store.completions()
+    records = list(store.completions())
     codec = Codec.load()
     return verify_store(store, records) + [p for r in records for p in verify_shard(store, r, codec).problems]
 
@@ -93,7 +94,7 @@ def test_ten_bad_files_among_good_ones(tmp_path: Path) -> None:
     assert (summary.num_images, summary.num_rejects, summary.num_failed) == (15, len(expected), 0)
 
     store = RunStore(dst)
-    rejects = read_rejects(store.root, store.completions()[0].partition_id)
+    rejects = read_rejects(store.root, next(store.completions()).partition_id)
     assert {r.key for r in rejects} == set(expected)
     assert all(expected[r.key] in r.error and r.stage == "decode" for r in rejects)
 

@@ -113,7 +113,7 @@ def test_images_as_they_are_with_a_question_file_that_knows_only_some(scenes: Pa
     dst = tmp_path / "out"
     infer(str(scenes), str(dst), task=str(task), metric="anls", num_workers=NUM_WORKERS)
     assert [r["key"] for r in table(dst)] == [r["key"] for r in rows]
-    completions = RunStore(str(dst)).completions()
+    completions = list(RunStore(str(dst)).completions())
     assert sum(c.num_rows for c in completions) == NUM_SCENES and not any(c.num_rejects for c in completions)
     metrics = json.loads((dst / "metrics.json").read_text())
     assert metrics["bpp"] == pytest.approx(

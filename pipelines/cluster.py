@@ -1,0 +1,86 @@
+"""The Ray cluster: connecting to one or starting one, and how many workers it can hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import ray.data
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What one worker gets.
+
+    Attributes:
+        num_workers: actors in the pool; 0 chooses from the cluster.
+        cpus_per_worker: CPUs, and threads for the networks.
+        gpus_per_worker: GPUs, fractions allowed; 0 runs on CPUs.
+    """
+
+    num_workers: int = 0
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+
+
+class ResourceError(ValueError):
+    """The cluster does not have what was asked for."""
+
+
+def init_ray(address: str | None = None, num_cpus: int | None = None) -> None:
+    """Connect to the cluster at ``address``, or start a quiet one on this machine; does nothing when Ray is up."""
+    if ray.is_initialized():
+        return
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    local: dict[str, Any] = {
+        # One CPU more than there is, so that a worker a core leaves room for Ray's own tasks.
+        "num_cpus": num_cpus or (os.cpu_count() or 1) + 1,
+        "include_dashboard": False,
+        "object_store_memory": 150 * 2**20,
+    }
+    cluster = address or os.environ.get("RAY_ADDRESS")
+    with _quiet_stderr():
+        ray.init(**({"address": cluster} if cluster else local), log_to_driver=False, logging_level=logging.ERROR)
+
+
+def pool_size(resources: Resources, num_partitions: int) -> int:
+    """How many workers to start on the cluster as it is now.
+
+    Raises:
+        ResourceError: it cannot hold one, or not as many as are asked for.
+    """
+    cluster = ray.cluster_resources()
+    cpus, gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
+    if resources.gpus_per_worker > gpus:
+        raise ResourceError(f"{resources.gpus_per_worker:g} GPUs a worker, but the cluster has {gpus:g}")
+    if resources.cpus_per_worker > cpus - 1:
+        raise ResourceError(f"{resources.cpus_per_worker:g} CPUs a worker, but the cluster has {cpus - 1:g} to spare")
+    fits = (cpus - 1) // resources.cpus_per_worker
+    if resources.gpus_per_worker:
+        fits = min(fits, gpus // resources.gpus_per_worker)
+    if resources.num_workers > fits:
+        raise ResourceError(f"{resources.num_workers} workers, but the cluster has room for {fits:g}")
+    return min(resources.num_workers or int(fits), num_partitions)
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Ray's C++ core greets on stderr whatever its log level; what goes wrong in ray.init is raised."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as sink:
+            os.dup2(sink.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

@@ -1,0 +1,57 @@
+"""Progress of a running job: workers report counts to one actor, and a thread of the driver hands them on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+from pipelines.counter import Counts
+
+OnProgress = Callable[[Counts, int], None]
+_POLL_S = 0.5
+
+
+@ray.remote(num_cpus=0)
+class Progress:
+    """Adds up what the workers report."""
+
+    def __init__(self) -> None:
+        self._counts: Counts = {}
+        self._num_done = 0
+
+    def add(self, counts: Counts, num_done: int) -> None:
+        """Add counts, and a number of partitions that are done."""
+        for name, value in counts.items():
+            self._counts[name] = self._counts.get(name, 0) + value
+        self._num_done += num_done
+
+    def snapshot(self) -> tuple[Counts, int]:
+        """The counts so far, and how many partitions are done."""
+        return self._counts, self._num_done
+
+
+class polling:
+    """While in this context, a thread hands the counts of a ``Progress`` actor to ``on_progress``."""
+
+    def __init__(self, progress: Any, on_progress: OnProgress | None) -> None:
+        self._progress, self._on_progress = progress, on_progress
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="cotam-progress")
+
+    def __enter__(self) -> None:
+        if self._on_progress is not None:
+            self._thread.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        if self._on_progress is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        assert self._on_progress is not None
+        while not self._stop.wait(_POLL_S):
+            self._on_progress(*ray.get(self._progress.snapshot.remote()))
+        self._on_progress(*ray.get(self._progress.snapshot.remote()))
