@@ -13,7 +13,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fsspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -25,6 +24,7 @@ from cotam.config import CodecConfig, from_mapping
 from cotam.entropy.tables import Tables, check_tables, gaussian_tables, scales
 from cotam.models.codec_model import CodecModel
 from cotam.models.integer import BIAS_UNIT, IntConv2d
+from cotam.store.fs import split_uri
 
 FORMAT = "cotam-codec/1"
 # Packaged weights by name: the sha256 of cotam/packaged/{name}.safetensors.
@@ -70,7 +70,8 @@ def read_weights(name_or_path_or_uri: str) -> bytes:
         return data
     if "/" not in name_or_path_or_uri and not name_or_path_or_uri.endswith(".safetensors"):
         raise FileNotFoundError(f"no packaged model {name_or_path_or_uri!r}; packaged: {', '.join(PACKAGED)}")
-    with fsspec.open(name_or_path_or_uri, "rb") as file:
+    fs, path = split_uri(name_or_path_or_uri)
+    with fs.open(path, "rb") as file:
         data = file.read(_MAX_FILE_BYTES + 1)
     if len(data) > _MAX_FILE_BYTES:
         raise ValueError(f"{name_or_path_or_uri}: more than {_MAX_FILE_BYTES} bytes, not a codec file")

@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from cotam.codec import Codec
@@ -144,48 +143,6 @@ def test_png_output_stays_inside_its_folder(tmp_path: Path) -> None:
     written = [p.relative_to(tmp_path / "back/data").parts[1:] for p in (tmp_path / "back/data").rglob("*.png")]
     assert written == [("fine", "name.png")]
     assert not list(tmp_path.rglob("escape*"))
-
-
-def test_s3_to_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import boto3
-
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }.items():
-            monkeypatch.setenv(name, value)
-        s3 = boto3.client("s3")
-        s3.create_bucket(Bucket="corpus")
-        keys = write_webdataset(tmp_path, 2, 3)
-        for k in range(2):
-            s3.upload_file(str(tmp_path / f"part-{k:04d}.tar"), "corpus", f"in/part-{k:04d}.tar")
-        store = RunStore("s3://corpus/out")
-        config = EncodeConfig()
-        config_hash = store.open_run("encode", dataclasses.asdict(config), ["s3://corpus/in"])
-        environment = {n: os.environ[n] for n in os.environ if n.startswith("AWS_")}
-        make_task = partial(_EncodeWithEnvironment, environment, config, config_hash)
-        with store.lock():
-            summary = run_partitions(make_task, list_partitions("s3://corpus/in/*.tar"), store, RESOURCES)
-        assert (summary.num_rows, summary.num_failed) == (6, 0), summary.failures
-        table = ds.dataset("corpus/out/data", filesystem=store.root.fs).to_table()
-        assert table["key"].to_pylist() == keys
-        assert problems("s3://corpus/out") == []
-    finally:
-        server.stop()
-
-
-class _EncodeWithEnvironment(EncodeTask):
-    """Ray's workers were started before the test set its S3 server."""
-
-    def __init__(self, environment: dict[str, str], config: EncodeConfig, config_hash: str) -> None:
-        os.environ.update(environment)
-        super().__init__(config, config_hash, "cpu", 1)
 
 
 class _Deadly(EncodeTask):
