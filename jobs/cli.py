@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import typer
 from typer.exceptions import TyperException
 
+from cotam.credentials import redact
 from jobs.console import EXIT_ERROR, EXIT_INCOMPLETE, EXIT_OK, EXIT_USAGE, Incomplete, warn
 from jobs.decode import decode
 from jobs.demo import demo
@@ -62,10 +63,10 @@ def _run() -> int:
         result = app(standalone_mode=False)
         return result if isinstance(result, int) else EXIT_OK
     except Incomplete as error:
-        warn(f"cotam: {error}")
+        warn(f"cotam: {redact(str(error))}")
         return EXIT_INCOMPLETE
     except TyperException as error:
-        message = str(getattr(error, "format_message", error.__str__)())
+        message = redact(str(getattr(error, "format_message", error.__str__)()))
         warn(message if message.startswith("Usage:") else f"cotam: {message}")
         return EXIT_USAGE
     except (typer.Abort, KeyboardInterrupt):
@@ -76,7 +77,7 @@ def _run() -> int:
             traceback.print_exc()
             return EXIT_ERROR
         is_usage = isinstance(error, _USAGE_ERRORS)
-        detail = " ".join(str(error).split()) or type(error).__name__
+        detail = redact(" ".join(str(error).split())) or type(error).__name__
         warn(f"cotam: {detail if is_usage else f'{type(error).__name__}: {detail} (--debug shows more)'}")
         return EXIT_USAGE if is_usage else EXIT_ERROR
 

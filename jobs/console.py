@@ -33,13 +33,19 @@ def print_json(value: Any) -> None:
 
 
 def say(text: str) -> None:
-    """Print a line for people on stdout."""
-    print(text)
+    """Print a line for people on stdout; what data says in it cannot steer their terminal."""
+    print(_printable(text))
 
 
 def warn(text: str) -> None:
     """Print a line on stderr."""
-    print(text, file=sys.stderr)
+    print(_printable(text), file=sys.stderr)
+
+
+def _printable(text: str) -> str:
+    """Control characters and what is no text as escapes; lines and tabs stay."""
+    plain = "".join(repr(c)[1:-1] if (c < " " and c not in "\n\t") or "\x7f" <= c <= "\x9f" else c for c in text)
+    return plain.encode(errors="backslashreplace").decode()
 
 
 @contextmanager

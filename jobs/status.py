@@ -7,6 +7,7 @@ from jobs.console import megabytes, print_json, say
 from jobs.options import Json, Store
 from jobs.storage import StorageOptions
 
+_MAX_SHOWN = 20
 _SUMS = ("num_images", "num_rows", "num_rejects", "num_pixels", "source_num_bytes", "bitstream_num_bytes")
 
 
@@ -21,7 +22,8 @@ def status(dst: Store, storage_options: StorageOptions = None, as_json: Json = F
     total = {name: sum(getattr(r, name) for r in records) for name in _SUMS}
     bpp = 8 * total["bitstream_num_bytes"] / total["num_pixels"] if total["num_pixels"] else None
     if as_json:
-        print_json({"manifest": manifest, "num_partitions": len(records), "failures": failures, "bpp": bpp, **total})
+        counts = {"num_partitions": len(records), "num_failed": len(failures)}
+        print_json({"manifest": manifest, **counts, "failures": failures, "bpp": bpp, **total})
         return
     say(f"{manifest['kind']} of {', '.join(manifest['sources'])}")
     say("  with " + ", ".join(f"{k} {v}" for k, v in manifest["config"].items() if k != "model_sha256"))
@@ -29,5 +31,10 @@ def status(dst: Store, storage_options: StorageOptions = None, as_json: Json = F
     say(f"{total['num_images']} images: {total['num_rows']} rows, {total['num_rejects']} rejects")
     if bpp is not None:
         say(f"{megabytes(total['source_num_bytes'])} -> {megabytes(total['bitstream_num_bytes'])}, {bpp:.3f} bpp")
-    for failure in failures:
+    if total["num_rejects"]:
+        say(f"  `cotam inspect {dst} --rejects` lists what was rejected, and why")
+    for failure in failures[:_MAX_SHOWN]:
         say(f"failed: {failure['partition_id']} ({failure['source']}): {failure['error']}")
+    if failures:
+        more = f"and {len(failures) - _MAX_SHOWN} more, which --json lists; " if len(failures) > _MAX_SHOWN else ""
+        say(f"{more}the same `cotam {manifest['kind']}` again tries what failed")

@@ -11,28 +11,19 @@ import datetime
 import json
 import logging
 import os
-import re
 import sys
 from typing import Any, TextIO
+
+from cotam.credentials import redact
 
 FORMATS = ("json", "text")
 LEVELS = ("debug", "info", "warning", "error")
 _ROOTS = ("cotam", "pipelines", "jobs")
-# Credentials that sources and errors may carry: of URLs, and of signed ones.
-_USERINFO = re.compile(r"(\w://)[^/@\s]+@")
-_SIGNATURE = re.compile(
-    r"(?i)\b([\w.-]*(?:signature|credential|token|secret|password|accesskeyid|api[_-]?key)|sig)=[^&\s]+"
-)
 
 
 def log_event(logger: logging.Logger, level: int, event: str, **fields: Any) -> None:
     """Log an event with its fields, JSON-serialisable ones."""
     logger.log(level, event, extra={"fields": fields})
-
-
-def redact(text: str) -> str:
-    """Text without the credentials of the URLs in it."""
-    return _SIGNATURE.sub(r"\1=...", _USERINFO.sub(r"\1...@", text))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

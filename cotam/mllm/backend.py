@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from cotam.credentials import refuse_credentials
 from cotam.image import RGBImage
 
 DEFAULT_MLLM = "cotam-vlm-tiny"
@@ -58,6 +59,7 @@ class MllmConfig:
     adapter: str = ""
 
     def __post_init__(self) -> None:
+        refuse_credentials(self.name)
         if "{question}" not in self.prompt:
             raise ValueError("the prompt has no {question} in it")
 

@@ -13,7 +13,7 @@ from cotam.image import RGBImage, decode_image, encode_image
 from cotam.sceneqa.questions import caption, scene_questions
 from cotam.sceneqa.render import render
 from cotam.sceneqa.scene import sample_scene
-from cotam.store.readers import IMAGE_EXTENSIONS
+from cotam.store.tars import IMAGE_EXTENSIONS
 
 SCENES_PER_TAR = 100
 

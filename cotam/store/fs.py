@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import uuid
@@ -13,7 +14,10 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
+from cotam.credentials import redact, refuse_credentials
+
 _FILES_AT_A_TIME = 1000
+_MAX_JSON_BYTES = 2**24  # of a manifest or record: whoever may write to a store must not fill its readers' memory
 _FINAL = (PermissionError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 for _protocol in ("s3", "s3a"):
     fsspec.register_implementation(_protocol, "cotam.store.s3.S3", clobber=True)
@@ -61,12 +65,8 @@ class Root:
         if not self.is_local:
             self.fs.pipe_file(target, data)  # a single PUT
             return
-        temporary = self._temporary(target)
-        with open(temporary, "wb") as file:
+        with _becoming(target) as temporary, open(temporary, "wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
 
     def publish(self, local_file: Path, path: str) -> None:
         """Move a finished local file to ``path`` so that readers see the whole of it or nothing."""
@@ -75,15 +75,12 @@ class Root:
             self.fs.put_file(str(local_file), target)  # objects appear when their upload is complete
             local_file.unlink()
             return
-        temporary = self._temporary(target)
-        try:
-            os.replace(local_file, temporary)
-        except OSError:  # another device
-            self.fs.put_file(str(local_file), temporary)
-            local_file.unlink()
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        with _becoming(target) as temporary:
+            try:
+                os.replace(local_file, temporary)
+            except OSError:  # another device
+                self.fs.put_file(str(local_file), temporary)
+                local_file.unlink()
 
     def remove(self, path: str) -> None:
         """Delete a file, or a folder with everything in it, if it is there."""
@@ -95,30 +92,44 @@ class Root:
 
     def read_json(self, path: str) -> Any:
         """The parsed JSON of a file. Raises FileNotFoundError, or ValueError for a file that is not JSON."""
-        return self._parse(self.read(path), path)
+        return self._parse(bytes(self.fs.cat_file(self.join(path), start=0, end=_MAX_JSON_BYTES)), path)
 
     def read_jsons(self, paths: Sequence[str]) -> Iterator[Any]:
         """``read_json`` of many files, in order; object stores are asked for many at a time."""
         for start in range(0, len(paths), _FILES_AT_A_TIME):
             chunk = paths[start : start + _FILES_AT_A_TIME]
-            contents = self.fs.cat_ranges([self.join(path) for path in chunk], None, None, on_error="raise")
+            targets = [self.join(path) for path in chunk]
+            contents = self.fs.cat_ranges(targets, 0, _MAX_JSON_BYTES, on_error="raise")
             yield from map(self._parse, contents, chunk)
 
     def _parse(self, content: bytes, path: str) -> Any:
         try:
+            if len(content) >= _MAX_JSON_BYTES:
+                raise ValueError(f"it has {_MAX_JSON_BYTES} bytes and more")
             return json.loads(content)
-        except ValueError as error:
-            raise ValueError(f"{self.uri}/{path} is not JSON: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.uri}/{path} is not JSON of a store: {error}") from None
 
     def write_json(self, path: str, value: Any) -> None:
         """Write JSON atomically, readable by people."""
         self.write(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
-    @staticmethod
-    def _temporary(target: str) -> str:
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        head, tail = os.path.split(target)
-        return os.path.join(head, f".{tail}.{uuid.uuid4().hex[:8]}.tmp")  # hidden: listings and datasets pass it over
+
+@contextlib.contextmanager
+def _becoming(target: str) -> Iterator[str]:
+    """A temporary file beside ``target`` that becomes it at the end; where that fails, a full disk for one, it goes."""
+    head, tail = os.path.split(target)
+    os.makedirs(head, exist_ok=True)
+    temporary = os.path.join(head, f".{tail}.{uuid.uuid4().hex[:8]}.tmp")  # hidden: listings and datasets pass it over
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def is_transient(error: BaseException) -> bool:
@@ -127,9 +138,10 @@ def is_transient(error: BaseException) -> bool:
 
 
 def split_uri(uri: str) -> tuple[AbstractFileSystem, str]:
-    """The filesystem of a URI and the path on it. Raises ValueError for an unknown protocol."""
+    """The filesystem of a URI and the path on it. Raises ValueError for an unknown protocol, or credentials in it."""
+    refuse_credentials(uri)
     try:
         fs, path = fsspec.core.url_to_fs(uri)
     except (ValueError, ImportError) as error:
-        raise ValueError(f"cannot open {uri}: {error}") from None
+        raise ValueError(f"cannot open {uri}: {redact(str(error))}") from None
     return fs, path

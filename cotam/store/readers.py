@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import tarfile
-import zlib
-from collections.abc import Iterator
-from typing import IO, Any, cast
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractFileSystem
 
 from cotam.store.fs import split_uri
 from cotam.store.schema import Reject, Sample
+from cotam.store.source_file import SourceFile, check_regular
+from cotam.store.tars import MAX_SAMPLE_BYTES, read_tar
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "avif", "tif", "tiff", "bmp", "gif", "ppm")
-_TEXT_EXTENSIONS = ("txt", "text", "caption", "json", "jsonl", "cls", "csv", "html", "xml", "yaml")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes", "content")
 _KEY_COLUMNS = ("key", "__key__", "id", "image_id", "filename", "file_name", "path")
-_MAX_MEMBER_BYTES = 2**29
 _PARQUET_BATCH_ROWS = 16
+_MAX_LOST_ROWS = 100_000  # of a damaged row group get a reject each; a footer may claim any number
+_MAX_KEY_CHARACTERS = 1024
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)  # a driver holds millions
 class Partition:
     """A unit of input: one tar, a run of loose files, or a run of row groups of one Parquet file.
 
@@ -35,6 +38,7 @@ class Partition:
         row_groups: for "parquet", first and one past the last row group.
         image_column: for "parquet", the column of image bytes.
         num_bytes: size of the input.
+        problem: why it cannot be read, where listing has shown that already; reading it raises this.
     """
 
     partition_id: str
@@ -44,23 +48,44 @@ class Partition:
     row_groups: tuple[int, int] = (0, 0)
     image_column: str = ""
     num_bytes: int = 0
+    problem: str = ""
 
 
-def partition_from_json(text: str) -> Partition:
-    """The inverse of json.dumps(dataclasses.asdict(partition))."""
-    values = json.loads(text)
+def partition_from_dict(values: dict[str, Any]) -> Partition:
+    """The inverse of ``dataclasses.asdict``, also after a way through JSON."""
     return Partition(**{**values, "paths": tuple(values["paths"]), "row_groups": tuple(values["row_groups"])})
 
 
 def read_partition(partition: Partition) -> Iterator[Sample | Reject]:
     """Stream the samples of a partition in order; what cannot be read as a sample comes as a reject.
 
+    Keys are unique: one that comes again gets "~2", "~3" and so on. No key has over 1024 characters.
+
     Raises:
         OSError: the source cannot be opened or reading it fails; worth another try.
         ValueError: the source is not what its name says.
     """
-    readers = {"tar": _read_tar, "files": _read_files, "parquet": _read_parquet}
-    return readers[partition.kind](partition)
+    if partition.problem:
+        raise ValueError(f"{partition.source}: {partition.problem}")
+    times_seen: dict[bytes, int] = {}  # by digest: keys may be long, and there may be many
+    for item in _READERS[partition.kind](partition):
+        if len(item.key) > _MAX_KEY_CHARACTERS:
+            error = f"key of {len(item.key)} characters"
+            yield Reject(key=item.key[:100] + "...", source=item.source, stage="read", error=error, image=item.image)
+        elif isinstance(item, Sample):
+            key = _unique(item.key, times_seen)
+            yield item if key == item.key else dataclasses.replace(item, key=key)
+        else:
+            yield item
+
+
+def _unique(key: str, times_seen: dict[bytes, int]) -> str:
+    name = key
+    while times := times_seen.get(digest := hashlib.blake2b(name.encode(), digest_size=16).digest(), 0):
+        times_seen[digest] = times + 1
+        name = f"{key}~{times + 1}"
+    times_seen[digest] = 1
+    return name
 
 
 def find_sample(source: str, key: str) -> Sample:
@@ -72,12 +97,11 @@ def find_sample(source: str, key: str) -> Sample:
         OSError: the source cannot be read any more.
         ValueError: it has no such sample.
     """
-    if source.endswith(".parquet"):
-        fs, path = split_uri(source)
-        with fs.open(path, "rb") as file, pq.ParquetFile(file) as parquet:
-            column, end = image_column(parquet.schema_arrow), parquet.num_row_groups
+    if source.lower().endswith(".parquet"):
+        metadata = parquet_metadata(source)
+        column, end = image_column(metadata.schema.to_arrow_schema()), metadata.num_row_groups
         partition = Partition(partition_id="", kind="parquet", source=source, row_groups=(0, end), image_column=column)
-    elif source.endswith((".tar", ".tar.gz", ".tar.bz2", ".tar.xz", ".tgz")):
+    elif source.lower().endswith(TAR_SUFFIXES):
         partition = Partition(partition_id="", kind="tar", source=source)
     else:
         partition = Partition(partition_id="", kind="files", source=source, paths=(key,))
@@ -88,13 +112,27 @@ def find_sample(source: str, key: str) -> Sample:
 
 
 def member_types(partition: Partition) -> dict[str, pa.DataType]:
-    """Arrow types that the source declares for its members; empty for tars and files."""
-    if partition.kind != "parquet":
+    """Arrow types that the source declares for its members; empty for tars and files. Errors as ``read_partition``."""
+    if partition.kind != "parquet" or partition.problem:
         return {}
-    fs, path = split_uri(partition.source)
-    with fs.open(path, "rb") as file:
-        schema = pq.read_schema(file)
+    schema = parquet_metadata(partition.source).schema.to_arrow_schema()
     return {f.name: f.type for f in schema if f.name not in (partition.image_column, key_column(schema))}
+
+
+def parquet_metadata(source: str) -> pq.FileMetaData:
+    """The footer of a Parquet file.
+
+    Raises:
+        OSError: reading it fails.
+        ValueError: it is no Parquet file that can be read, or two of its columns have one name.
+    """
+    with SourceFile(source) as file, _arrow_errors(file):
+        metadata = pq.read_metadata(file)
+        names = metadata.schema.to_arrow_schema().names
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:  # the values of one of them would be lost
+        raise ValueError(f"two columns are named {min(twice)!r}")
+    return metadata
 
 
 def image_column(schema: pa.Schema, wanted: str | None = None) -> str:
@@ -104,12 +142,7 @@ def image_column(schema: pa.Schema, wanted: str | None = None) -> str:
         ValueError: there is none, or not the one that is wanted.
     """
 
-    def holds_images(kind: pa.DataType) -> bool:
-        if pa.types.is_struct(kind):
-            return kind.get_field_index("bytes") >= 0
-        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-    fits = [f.name for f in schema if holds_images(f.type)]
+    fits = [f.name for f in schema if _holds_images(f.type)]
     if wanted is not None:
         if wanted not in fits:
             raise ValueError(f"no image column {wanted!r}; binary columns: {', '.join(fits) or 'none'}")
@@ -122,6 +155,16 @@ def image_column(schema: pa.Schema, wanted: str | None = None) -> str:
     )
 
 
+def _holds_images(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        k = kind.get_field_index("bytes")
+        return k >= 0 and not pa.types.is_struct(kind.field(k).type) and _holds_images(kind.field(k).type)
+    if pa.types.is_dictionary(kind):
+        return _holds_images(kind.value_type)
+    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+    return any(test(kind) for test in tests)
+
+
 def key_column(schema: pa.Schema) -> str | None:
     """The string column that names the images, if there is one with a usual name."""
     for name in _KEY_COLUMNS:
@@ -131,114 +174,109 @@ def key_column(schema: pa.Schema) -> str | None:
     return None
 
 
+def _read_tar(partition: Partition) -> Iterator[Sample | Reject]:
+    return read_tar(partition.source)
+
+
 def _read_files(partition: Partition) -> Iterator[Sample | Reject]:
     fs, root = split_uri(partition.source)
     for path in partition.paths:
+        key = path.encode(errors="surrogateescape").decode(errors="replace")
         try:
-            data = bytes(fs.cat_file(f"{root}/{path}"))
+            data = _read_file(fs, f"{root}/{path}", partition.num_bytes)
         except FileNotFoundError:
-            yield Reject(key=path, source=partition.source, stage="read", error="file has disappeared")
-            continue
-        yield Sample(key=path, source=partition.source, image=data)
+            yield Reject(key=key, source=partition.source, stage="read", error="file has disappeared")
+        except ValueError as error:
+            yield Reject(key=key, source=partition.source, stage="read", error=str(error))
+        else:
+            yield Sample(key=key, source=partition.source, image=data)
+
+
+def _read_file(fs: AbstractFileSystem, path: str, partition_num_bytes: int) -> bytes:
+    """The bytes of a loose file. Raises ValueError where another try would not help."""
+    check_regular(fs, path)
+    if partition_num_bytes > MAX_SAMPLE_BYTES and fs.size(path) > MAX_SAMPLE_BYTES:
+        raise ValueError(f"over {MAX_SAMPLE_BYTES} bytes")
+    try:
+        return bytes(fs.cat_file(path))
+    except PermissionError:
+        if isinstance(fs, LocalFileSystem):  # on an object store it may be the credentials, and so every file
+            raise ValueError("no permission to read the file") from None
+        raise
 
 
 def _read_parquet(partition: Partition) -> Iterator[Sample | Reject]:
-    fs, path = split_uri(partition.source)
-    first, end = partition.row_groups
-    with fs.open(path, "rb") as file, pq.ParquetFile(file) as parquet:
-        schema = parquet.schema_arrow
-        column, keys = partition.image_column, key_column(schema)
-        row = sum(parquet.metadata.row_group(k).num_rows for k in range(first))
-        batches = parquet.iter_batches(batch_size=_PARQUET_BATCH_ROWS, row_groups=list(range(first, end)))
-        for batch in batches:
-            for values in batch.to_pylist():
-                image = values.pop(column)
-                image = image.get("bytes") if isinstance(image, dict) else image
-                key = values.pop(keys) if keys is not None else None
-                key = key if key is not None else f"{row:09d}"
-                row += 1
-                if image is None:
-                    yield Reject(key=key, source=partition.source, stage="read", error=f"no image in column {column}")
-                else:
-                    yield Sample(key=key, source=partition.source, image=image, members=values)
-
-
-def _read_tar(partition: Partition) -> Iterator[Sample | Reject]:
-    """WebDataset convention: neighbours whose names agree up to the first dot of the file name are one sample."""
-    source = partition.source
-    fs, path = split_uri(source)
-    num_samples = 0
-    with fs.open(path, "rb", compression="infer") as file:
-        tail = _Tail(file)
-        key, members = "", cast(dict[str, Any], {})
-        cut: str | None = None
-        end = 0
-        try:
-            with tarfile.open(fileobj=cast(IO[bytes], tail), mode="r|") as tar:
-                for info in tar:
-                    if not info.isfile():
-                        continue
-                    folder, _, name = info.name.rpartition("/")
-                    stem, _, extension = name.partition(".")
-                    name_key = f"{folder}/{stem}" if folder else stem
-                    if name_key != key and members:
-                        yield _group(key, source, members)
-                        num_samples += 1
-                        members = {}
-                    key = name_key
-                    reader = tar.extractfile(info)
-                    assert reader is not None
-                    # Read before it counts: a size from a header is only believed once the bytes are there.
-                    members[extension.lower()] = reader.read(min(info.size, _MAX_MEMBER_BYTES + 1))
-                    if len(members[extension.lower()]) < min(info.size, _MAX_MEMBER_BYTES + 1):
-                        raise tarfile.ReadError("unexpected end of data")
-                end = tar.offset
-        except (tarfile.TarError, EOFError, zlib.error) as error:
-            cut = f"tar is damaged after {num_samples} samples: {error}"
-        if cut is not None:  # the sample that was being read may be incomplete
-            yield Reject(key=key or source, source=source, stage="read", error=cut)
-            return
-        if members:
-            yield _group(key, source, members)
-            num_samples += 1
-        # tarfile takes a damaged header, or none, for the end: only the end marker proves that nothing is missing.
-        if not tail.only_zeros_from(end):
-            cut = f"tar has no end marker after {num_samples} samples: it is cut short or damaged there"
-            yield Reject(key=f"{key}:end", source=source, stage="read", error=cut)
-
-
-def _group(key: str, source: str, members: dict[str, Any]) -> Sample | Reject:
-    images = [e for e in members if e.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS]
-    if not images:
-        return Reject(key=key, source=source, stage="read", error=f"sample has no image, only {', '.join(members)}")
-    image = members.pop(images[0])
-    if len(image) > _MAX_MEMBER_BYTES:
-        return Reject(key=key, source=source, stage="read", error=f"image file over {_MAX_MEMBER_BYTES} bytes")
-    for extension in members:
-        if extension.rsplit(".", 1)[-1] in _TEXT_EXTENSIONS:
+    source, column, (first, end) = partition.source, partition.image_column, partition.row_groups
+    with SourceFile(source) as file:
+        with _arrow_errors(file):
+            parquet = pq.ParquetFile(file, page_checksum_verification=True)
+            schema, metadata = parquet.schema_arrow, parquet.metadata
+        keys = key_column(schema)
+        if column not in schema.names:
+            raise ValueError(f"{source} has no column {column!r} any more")
+        if end > metadata.num_row_groups:
+            raise ValueError(f"{source} has {metadata.num_row_groups} row groups, fewer than when it was listed")
+        row = sum(metadata.row_group(k).num_rows for k in range(first))
+        for k in range(first, end):
+            last = row + metadata.row_group(k).num_rows
             try:
-                members[extension] = members[extension].decode()
-            except UnicodeDecodeError:
-                error = f"member {extension} is not UTF-8 text"
-                return Reject(key=key, source=source, stage="read", error=error, image=image)
-    return Sample(key=key, source=source, image=image, members=members)
+                for values in _rows(parquet, k):
+                    yield _parquet_item(values, source, column, keys, f"{row:09d}")
+                    row += 1
+                reason = "fewer rows than its footer says"
+            except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+                if file.error is not None:
+                    raise file.error from None
+                reason = " ".join(str(error).split())
+            if last - row > _MAX_LOST_ROWS:
+                raise ValueError(f"row group {k} is damaged, {last - row} rows from row {row} on: {reason}")
+            for lost in range(row, last):
+                error_text = f"row group {k} is damaged: {reason}"
+                yield Reject(key=f"{lost:09d}", source=source, stage="read", error=error_text)
+            row = last
 
 
-class _Tail:
-    """A binary file that counts its bytes and the zeros they end with: to see a tar's end without seeking."""
+def _rows(parquet: pq.ParquetFile, row_group: int) -> Iterator[dict[str, Any] | str]:
+    """The rows of a row group; a row that Python cannot have, as text that is not UTF-8, comes as its error."""
+    for batch in parquet.iter_batches(batch_size=_PARQUET_BATCH_ROWS, row_groups=[row_group]):
+        try:
+            yield from batch.to_pylist()
+        except (pa.ArrowException, ValueError, OverflowError):
+            for k in range(batch.num_rows):
+                try:
+                    yield batch.slice(k, 1).to_pylist()[0]
+                except (pa.ArrowException, ValueError, OverflowError) as error:
+                    yield f"row cannot be read: {' '.join(str(error).split())}"
 
-    def __init__(self, file: Any) -> None:
-        self._file, self.num_bytes, self.num_zeros = file, 0, 0
 
-    def read(self, size: int = -1) -> bytes:
-        data = bytes(self._file.read(size))
-        num_zeros = len(data) - len(data.rstrip(b"\0"))
-        self.num_bytes += len(data)
-        self.num_zeros = num_zeros + (self.num_zeros if num_zeros == len(data) else 0)
-        return data
+def _parquet_item(
+    values: dict[str, Any] | str, source: str, column: str, keys: str | None, default_key: str
+) -> Sample | Reject:
+    if isinstance(values, str):
+        return Reject(key=default_key, source=source, stage="read", error=values)
+    key = (values.pop(keys) if keys is not None else None) or default_key
+    image = values.pop(column)
+    image = image.get("bytes") if isinstance(image, dict) else image
+    if image is None:
+        return Reject(key=key, source=source, stage="read", error=f"no image in column {column}")
+    if len(image) > MAX_SAMPLE_BYTES:
+        return Reject(key=key, source=source, stage="read", error=f"over {MAX_SAMPLE_BYTES} bytes")
+    return Sample(key=key, source=source, image=image, members=values)
 
-    def only_zeros_from(self, offset: int) -> bool:
-        """Whether the rest of the file, from ``offset``, is at least one block of zeros: a tar's end marker."""
-        while self.read(2**20):
-            pass
-        return self.num_bytes - offset >= tarfile.BLOCKSIZE and self.num_zeros >= self.num_bytes - offset
+
+@contextmanager
+def _arrow_errors(file: SourceFile) -> Iterator[None]:
+    """Of what Arrow raises, only a failed read stays an OSError."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if file.error is not None:
+            raise file.error from None
+        raise ValueError(f"not a Parquet file that can be read: {' '.join(str(error).split())}") from None
+
+
+_READERS: dict[str, Callable[[Partition], Iterator[Sample | Reject]]] = {
+    "tar": _read_tar,
+    "files": _read_files,
+    "parquet": _read_parquet,
+}

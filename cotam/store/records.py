@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import socket
 import threading
 import time
@@ -14,6 +15,7 @@ from importlib import metadata
 from typing import Any
 
 from cotam.config import config_hash
+from cotam.credentials import redact
 from cotam.store.fs import Root
 
 MANIFEST = "_cotam/manifest.json"
@@ -110,19 +112,22 @@ class RunStore:
         return str(fresh["config_hash"])
 
     def manifest(self) -> dict[str, Any]:
-        """The manifest. Raises FileNotFoundError where there is none."""
-        manifest: dict[str, Any] = self.root.read_json(MANIFEST)
-        return manifest
+        """The manifest. Raises FileNotFoundError where there is none, StoreError where it is none of a run."""
+        return check_manifest(self.root.read_json(MANIFEST), f"{self.root.uri}/{MANIFEST}")
 
     def completed_ids(self) -> set[str]:
         """Ids of the finished partitions."""
         return {name.removesuffix(".json") for name in self.root.list("_cotam/completed")}
 
     def completions(self) -> Iterator[Completion]:
-        """All completion records, in order of partition id, a few at a time in memory."""
-        names = self.root.list("_cotam/completed")
-        for values in self.root.read_jsons([f"_cotam/completed/{name}" for name in names]):
-            yield Completion(**values)
+        """All completion records, in order of partition id, a few at a time in memory.
+
+        Raises:
+            StoreError: one is none, or not of its partition; whoever may write to the store may write anything.
+        """
+        paths = [f"_cotam/completed/{name}" for name in self.root.list("_cotam/completed")]
+        for path, values in zip(paths, self.root.read_jsons(paths), strict=True):
+            yield parse_completion(values, path.rsplit("/", 1)[-1].removesuffix(".json"), f"{self.root.uri}/{path}")
 
     def is_complete(self, partition_id: str) -> bool:
         """Whether a partition has a completion record."""
@@ -144,14 +149,16 @@ class RunStore:
     def fail(self, partition_id: str, source: str, error: str) -> None:
         """Record a partition that could not be processed."""
         self.root.write_json(
-            f"_cotam/failed/{partition_id}.json", {"partition_id": partition_id, "source": source, "error": error}
+            f"_cotam/failed/{partition_id}.json",
+            {"partition_id": partition_id, "source": source, "error": redact(error)},
         )
 
     def failures(self) -> list[dict[str, str]]:
         """The failed partitions: partition_id, source, error."""
         names = self.root.list("_cotam/failed")
         done = self.completed_ids() if names else set()
-        return [self.root.read_json(f"_cotam/failed/{n}") for n in names if n.removesuffix(".json") not in done]
+        failed = [n.removesuffix(".json") for n in names if n.removesuffix(".json") not in done]
+        return [_failure(self.root.read_json(f"_cotam/failed/{name}.json"), name) for name in failed]
 
     def forget_attempts(self, pending: set[str]) -> None:
         """A new run gives the partitions in ``pending`` their attempts again; what others left half done is removed.
@@ -171,7 +178,8 @@ class RunStore:
     def count_attempt(self, partition_id: str) -> int:
         """Note that a worker starts on a partition. Returns how many started on it before and did not come back."""
         path = f"_cotam/attempts/{partition_id}.json"
-        before = int(self.root.read_json(path)["attempts"]) if self.root.exists(path) else 0
+        noted = self.root.read_json(path) if self.root.exists(path) else {}
+        before = noted["attempts"] if isinstance(noted, dict) and isinstance(noted.get("attempts"), int) else 0
         self.root.write_json(path, {"attempts": before + 1})
         return before
 
@@ -208,14 +216,56 @@ class RunStore:
     def _refuse_if_locked(self) -> None:
         try:
             held = self.root.read_json(_LOCK)
-        except (FileNotFoundError, ValueError):
+            fresh = time.time() - held["heartbeat"] < _STALE_S
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
             return
-        fresh = time.time() - held["heartbeat"] < _STALE_S
         if fresh and (held["host"] != socket.gethostname() or _process_exists(held["pid"])):
             raise StoreError(
                 f"another job (process {held['pid']} on {held['host']}) works on {self.root.uri};"
                 " wait for it or stop it"
             )
+
+
+def parse_completion(values: Any, partition_id: str, where: str) -> Completion:
+    """A completion record as read, of the partition that its file is named after.
+
+    Raises:
+        StoreError: it is none, its counts do not add up, or its output is not where the partition's is.
+    """
+    counts = [f.name for f in dataclasses.fields(Completion) if f.type == "int"]
+    if (
+        not isinstance(values, dict)
+        or not re.fullmatch(r"[\w-]+", partition_id, re.ASCII)
+        or values.get("partition_id") != partition_id
+        or not re.fullmatch(rf"data/{re.escape(partition_id)}(\.[a-z]+)?", str(values.get("data")))
+        or not isinstance(values.get("source"), str)
+        or not all(type(values.get(name)) is int and values[name] >= 0 for name in counts)
+        or values["num_images"] != values["num_rows"] + values["num_rejects"]
+        or {*values} - {f.name for f in dataclasses.fields(Completion)}
+    ):
+        raise StoreError(f"{where} is no completion record of that partition; delete it, and run the same job again")
+    return Completion(**{"data_num_bytes": None, "data_sha256": None, "seconds": 0.0, **values})
+
+
+def check_manifest(values: Any, where: str) -> dict[str, Any]:
+    """A manifest as read. Raises StoreError where it is none."""
+    manifest: dict[str, Any] = values if isinstance(values, dict) else {}
+    config, sources = manifest.get("config"), manifest.get("sources")
+    of_config = {"model": str, "model_sha256": str, "max_pixels": int}
+    if (
+        not all(isinstance(manifest.get(name), str) for name in ("kind", "config_hash"))
+        or not isinstance(config, dict)
+        or not all(isinstance(config[name], kind) for name, kind in of_config.items() if name in config)
+        or not isinstance(sources, list)
+        or not all(isinstance(source, str) for source in sources)
+    ):
+        raise StoreError(f"{where} is no manifest of a run; choose another folder")
+    return manifest
+
+
+def _failure(values: Any, partition_id: str) -> dict[str, str]:
+    known = values if isinstance(values, dict) else {}
+    return {"partition_id": partition_id, **{name: str(known.get(name, "unknown")) for name in ("source", "error")}}
 
 
 def _process_exists(pid: int) -> bool:

@@ -43,7 +43,7 @@ class Sample:
     """One image of a source, as read.
 
     Attributes:
-        key: its name, unique within its partition.
+        key: its name, unique within its partition: readers add "~2", "~3" to one that comes again.
         source: URI of the tar, folder or Parquet file it came from.
         image: the original bytes.
         members: everything else that belongs to the sample, by name.
@@ -100,5 +100,8 @@ class Reject:
 
 
 def column_name(member: str) -> str:
-    """The column that holds a member: its own name, unless a fixed column has it."""
-    return f"member_{member}" if member in SHARD_COLUMNS else member
+    """The column that holds a member: its own name, unless a fixed column has it; no two members share one."""
+    name = member
+    while name.startswith("member_"):
+        name = name.removeprefix("member_")
+    return f"member_{member}" if name in SHARD_COLUMNS else member

@@ -17,6 +17,7 @@ from cotam.store.schema import REJECT_SCHEMA, SHARD_COLUMNS, SHARD_FIELDS, Rejec
 ROW_GROUP_BYTES = 64 * 2**20
 _ROW_GROUP_ROWS = 10_000
 _READ_BATCH_ROWS = 64
+_NEVER_NULL = ("key", "source", "width", "height", "bitstream", "quality", "source_num_bytes")
 
 
 class ShardWriter:
@@ -119,10 +120,15 @@ def read_rows(root: Root, path: str) -> Iterator[Row]:
         missing = [name for name in SHARD_COLUMNS if name not in parquet.schema_arrow.names]
         if missing:
             raise ValueError(f"{path} is not a CoTAM shard: no column {missing[0]!r}")
+        wrong = [f for f in SHARD_FIELDS if not parquet.schema_arrow.field(f.name).type.equals(f.type)]
+        if wrong:
+            raise ValueError(f"{path} is not a CoTAM shard: column {wrong[0].name!r} is not of type {wrong[0].type}")
         for batch in parquet.iter_batches(batch_size=_READ_BATCH_ROWS):
             for values in batch.to_pylist():
                 fixed = {name: values.pop(name) for name in SHARD_COLUMNS}
                 del fixed["bpp"]
+                if any(fixed[name] is None for name in _NEVER_NULL) or min(fixed["width"], fixed["height"]) < 1:
+                    raise ValueError(f"{path} is not a CoTAM shard: a row without key, size or bitstream")
                 if fixed["importance"] is not None:
                     fixed["importance"] = np.array(fixed["importance"], dtype=np.float32)
                 yield Row(**fixed, members={n: v for n, v in values.items() if v is not None})
