@@ -37,7 +37,10 @@ class SlowDown(NamedTuple):
 
 
 class Deny(NamedTuple):
-    """403 instead of an answer."""
+    """An error instead of an answer."""
+
+    status: int = 403
+    code: str = "AccessDenied"
 
 
 class Reset(NamedTuple):
@@ -112,9 +115,8 @@ class FaultProxy:
         fault: Fault | None = self.rule(request) if _is_signed(handler) else Deny()
         self.num_faults += fault is not None
         if isinstance(fault, SlowDown | Deny):
-            status, code = (503, "SlowDown") if isinstance(fault, SlowDown) else (403, "AccessDenied")
-            message = "Please reduce your request rate." if status == 503 else "Access Denied"
-            content = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
+            status, code = (503, "SlowDown") if isinstance(fault, SlowDown) else fault
+            content = f"<Error><Code>{code}</Code><Message>Injected by a test.</Message></Error>".encode()
             headers = [("Content-Type", "application/xml"), ("Content-Length", str(len(content)))]
             handler.answer(status, headers, [b"" if request.method == "HEAD" else content])
             return

@@ -135,6 +135,8 @@ def _as_os_error(error: Exception, uri: str) -> Exception:
     if isinstance(error, ClientError):
         details = error.response.get("Error", {})
         message = f"{uri}: {details.get('Message') or error} ({details.get('Code', 'no code')})"
+        if details.get("Code") == "NoSuchUpload":  # it was completed, but the answer was lost: no missing file
+            return OSError(errno.EIO, message)
         translated: Exception = translate_boto_error(error, message)
         return translated
     if isinstance(error, _NO_CREDENTIALS):
