@@ -53,11 +53,12 @@ _REASON = re.compile(
     r"""(?P<empty>empty\ file)
     |(?P<format>not\ an\ image|floating-point\ samples)
     |(?P<corrupt>corrupt\ or\ truncated\ image)
-    |(?P<size>\d+x\d+\ pixels,\ over|over\ the\ limit|image\ file\ over)
+    |(?P<size>\d+x\d+\ pixels,\ over|over\ )
     |(?P<missing>file\ has\ disappeared|no\ image\ in\ column|sample\ has\ no\ image)
-    |(?P<cut>tar\ is\ damaged|tar\ has\ no\ end\ marker)
+    |(?P<damaged>tar\ is\ damaged|tar\ has\ no\ end\ marker|row\ group\ \d+\ is\ damaged|row\ cannot\ be\ read)
+    |(?P<permission>no\ permission)
     |(?P<member>member\ |no\ importance|importance\ member|questions\ of\ image)
-    |(?P<key>key\ is\ no\ relative\ path)
+    |(?P<key>key\ is\ no\ relative\ path|key\ of\ \d+\ characters)
     |(?P<bitstream>bitstream)""",
     re.VERBOSE,
 )

@@ -11,31 +11,36 @@ from typing import Any
 import pytest
 import ray
 import yaml
+from ray.scripts.scripts import start as ray_start
 from typer.exceptions import TyperException
 
 from jobs.cli import check_command
 
 INFRA = Path(__file__).parents[2] / "infra"
+LOGS = INFRA.parent / "pipelines/logs.py"
 # The fields of KubeRay's custom resources (ray.io/v1) and of pods that we use; "*": anything below.
 _POD: dict[str, Any] = {
+    "restartPolicy": str,
     "securityContext": {"runAsNonRoot": bool, "runAsUser": int, "fsGroup": int},
     "terminationGracePeriodSeconds": int,
-    "tolerations": [{"key": str, "operator": str, "value": str, "effect": str}],
+    "tolerations": [{"key": str, "operator": str, "value": str, "effect": str, "tolerationSeconds": int}],
     "containers": [
         {
             "name": str,
             "image": str,
             "resources": {"requests": "*", "limits": "*"},
             "ports": [{"name": str, "containerPort": int}],
+            "env": [{"name": str, "value": str}],
             "envFrom": [{"secretRef": {"name": str, "optional": bool}}],
         }
     ],
 }
+_TEMPLATE: dict[str, Any] = {"metadata": {"annotations": "*"}, "spec": _POD}
 _CLUSTER: dict[str, Any] = {
     "rayVersion": str,
     "enableInTreeAutoscaling": bool,
     "autoscalerOptions": {"upscalingMode": str, "idleTimeoutSeconds": int},
-    "headGroupSpec": {"rayStartParams": "*", "template": {"spec": _POD}},
+    "headGroupSpec": {"rayStartParams": "*", "template": _TEMPLATE},
     "workerGroupSpecs": [
         {
             "groupName": str,
@@ -43,14 +48,16 @@ _CLUSTER: dict[str, Any] = {
             "minReplicas": int,
             "maxReplicas": int,
             "rayStartParams": "*",
-            "template": {"spec": _POD},
+            "template": _TEMPLATE,
         }
     ],
 }
 _JOB: dict[str, Any] = {
     "entrypoint": str,
     "submissionMode": str,
+    "submitterConfig": {"backoffLimit": int},
     "backoffLimit": int,
+    "activeDeadlineSeconds": int,
     "shutdownAfterJobFinishes": bool,
     "ttlSecondsAfterFinished": int,
     "rayClusterSpec": _CLUSTER,
@@ -98,6 +105,42 @@ def test_kuberay(name: str) -> None:
     assert "nvidia.com/gpu" in {t["key"] for t in worker["tolerations"]}
     (group,) = cluster["workerGroupSpecs"]
     assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+
+
+@pytest.mark.parametrize("name", ["kuberay/cluster.yaml", "kuberay/encode-job.yaml"])
+def test_what_is_set_for_ray_are_settings_of_ray(name: str) -> None:
+    spec = load(name)["spec"]
+    cluster = spec.get("rayClusterSpec", spec)
+    options = {option.removeprefix("--") for parameter in ray_start.params for option in parameter.opts}
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert set(group["rayStartParams"]) <= options
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+    for pod in pods(cluster):
+        for variable in pod["containers"][0].get("env", []):
+            if variable["name"].startswith("RAY_"):  # Ray ignores a setting that it does not know
+                known = getattr(ray._config, variable["name"].removeprefix("RAY_"))()
+                assert type(known)(variable["value"]) != known
+            else:
+                assert variable["name"].startswith("COTAM_LOG_")
+                assert re.search(rf'environ.get\("{variable["name"]}"', LOGS.read_text())
+
+
+@pytest.mark.parametrize("name", ["kuberay/cluster.yaml", "kuberay/encode-job.yaml"])
+def test_workers_may_be_lost_and_the_head_is_kept(name: str) -> None:
+    spec = load(name)["spec"]
+    cluster = spec.get("rayClusterSpec", spec)
+    head, worker = pods(cluster)
+    assert worker["restartPolicy"] == "Never"
+    evicting = {t["key"]: t["tolerationSeconds"] for t in worker["tolerations"] if t["effect"] == "NoExecute"}
+    assert evicting == {"node.kubernetes.io/not-ready": 30, "node.kubernetes.io/unreachable": 30}
+    assert "tolerations" not in head  # nodes for GPUs, and spot ones, are not for it
+    assert cluster["headGroupSpec"]["template"]["metadata"]["annotations"]
+    budget = load("kuberay/head-disruption-budget.yaml")
+    assert (budget["apiVersion"], budget["kind"]) == ("policy/v1", "PodDisruptionBudget")
+    check(budget["spec"], {"minAvailable": int, "selector": {"matchLabels": "*"}}, "budget")
+    assert budget["spec"]["selector"]["matchLabels"] == {"ray.io/node-type": "head"}
+    if "entrypoint" in spec:
+        assert spec["backoffLimit"] >= 1 and spec["activeDeadlineSeconds"] > 0 and spec["shutdownAfterJobFinishes"]
 
 
 def test_the_aws_launcher_names_node_types_that_it_has() -> None:
