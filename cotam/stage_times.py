@@ -23,7 +23,7 @@ class StageTimes:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._seconds: dict[Stage, float] = {}
+        self._seconds: dict[str, float] = {}
 
     @contextmanager
     def measure(self, stage: Stage) -> Iterator[None]:
