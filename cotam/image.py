@@ -47,13 +47,12 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> SourceImage:
         raise ImageError("empty file")
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own limit must not undercut the one asked for
+    _check_size(_webp_size(data), max_pixels)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own size and EXIF warnings: the guard below decides
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise ImageError(f"{width}x{height} pixels, over the limit of {max_pixels} pixels")
+                _check_size(image.size, max_pixels)
                 pixels = np.asarray(_to_rgb(image))
                 return SourceImage(np.ascontiguousarray(pixels), image.format or "unknown")
     except UnidentifiedImageError:
@@ -83,6 +82,25 @@ def check_rgb(image: RGBImage) -> None:
         )
     if image.size == 0:
         raise ValueError(f"image has no pixels: {image.shape}")
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        raise ImageError(f"{width}x{height} pixels, over the limit of {max_pixels} pixels")
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Width and height of a WebP from its first chunk, (0, 0) of anything else: Pillow allocates when it opens one."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
+        return 0, 0
+    kind, head = data[12:16], data[20:30]
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(head[4:7], "little"), 1 + int.from_bytes(head[7:10], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(head[1:5], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return int.from_bytes(head[6:8], "little") & 0x3FFF, int.from_bytes(head[8:10], "little") & 0x3FFF
 
 
 def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:

@@ -30,12 +30,15 @@ def submit(
     Interrupting it leaves the job running: `ray job logs|status|stop ID --address ...`. Where a cluster asks for a
     token, it comes from RAY_AUTH_TOKEN or ~/.ray/auth_token.
     """
+    from cotam.credentials import refuse_credentials
     from jobs.cli import check_command
     from jobs.console import say, warn
 
     if any(a.partition("=")[0] == "--storage-options" for a in arguments):
         raise typer.BadParameter("a cluster shows the commands of its jobs: set COTAM_STORAGE_OPTIONS or AWS_... there")
     check_command(arguments)
+    for text in (address, *arguments):  # Ray shows them to whoever may ask
+        refuse_credentials(text)
     if os.environ.get("RAY_AUTH_TOKEN") or Path("~/.ray/auth_token").expanduser().exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # what clusters ask for; Ray's client does not look by itself
     from ray.exceptions import RayError

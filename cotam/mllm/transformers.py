@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 from transformers.utils import logging
@@ -26,11 +27,12 @@ def load_transformers(config: MllmConfig, device: str, codec_sha256: str = "") -
     place = config.name.removeprefix("hf:") if is_hub else str(model_folder(config.name))
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     try:
-        processor = AutoProcessor.from_pretrained(place, local_files_only=not is_hub)
+        # No code that comes with a model, and no pickle.
+        processor = AutoProcessor.from_pretrained(place, local_files_only=not is_hub, trust_remote_code=False)
         model: Any = AutoModelForImageTextToText.from_pretrained(
-            place, local_files_only=not is_hub, use_safetensors=True, dtype=dtype
+            place, local_files_only=not is_hub, use_safetensors=True, trust_remote_code=False, dtype=dtype
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"cannot load MLLM {config.name}: {str(error).splitlines()[0]}") from error
     model = model.to(device).eval().requires_grad_(False)
     if isinstance(model, LlavaForConditionalGeneration):
@@ -80,6 +82,8 @@ class TransformersMllm:
         return dict(inputs.to(self.model.device, dtype=self.model.dtype))
 
     def _prompt(self, question: str) -> str:
+        if token := getattr(self.processor, "image_token", None):
+            question = question.replace(token, " ")  # an image more than there is would fail the whole batch
         content = [{"type": "image"}, {"type": "text", "text": self.config.prompt.format(question=question)}]
         prompt: str = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
+import subprocess
+import sys
 import time
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -167,3 +171,84 @@ def test_altered_files_never_raise_anything_else(photos: dict[str, RGBImage]) ->
         except ImageError:
             continue
         assert pixels.ndim == 3
+
+
+def _bombs() -> dict[str, bytes]:
+    """Small files of every format whose headers claim tens of thousands of pixels a side."""
+    side = 60_000
+    small = np.zeros((64, 64, 3), np.uint8)
+    jpeg = bytearray(encode_image(small, "JPEG"))
+    at = jpeg.index(b"\xff\xc0") + 5
+    jpeg[at : at + 4] = struct.pack(">HH", side, side)
+    gif = bytearray(encode_image(small, "GIF"))
+    gif[6:10] = struct.pack("<HH", side, side)
+    bmp = bytearray(encode_image(small, "BMP"))
+    bmp[18:26] = struct.pack("<ii", side, side)
+    avif = bytearray(encode_image(small, "AVIF"))
+    at = avif.index(b"ispe") + 8
+    avif[at : at + 8] = struct.pack(">II", 16_000, 16_000)  # the most that Pillow opens
+    tiff = bytearray(encode_image(small, "TIFF"))
+    for tag in (256, 257):
+        at = tiff.index(struct.pack("<HHI", tag, 4, 1)) if struct.pack("<HHI", tag, 4, 1) in tiff else -1
+        at = at if at >= 0 else tiff.index(struct.pack("<HHI", tag, 3, 1))
+        tiff[at : at + 12] = struct.pack("<HHII", tag, 4, 1, side)
+    webp = bytearray(encode_image(small, "WEBP"))
+    at = webp.index(b"\x9d\x01\x2a") + 3
+    webp[at : at + 4] = struct.pack("<HH", 2**14 - 1, 2**14 - 1)  # the most that WebP can have
+    vp8x = b"VP8X" + struct.pack("<I", 10) + bytes(4) + struct.pack("<I", side)[:3] * 2 + webp[12:]
+    vp8x = b"RIFF" + struct.pack("<I", 4 + len(vp8x)) + b"WEBP" + vp8x
+    vp8l = bytearray(encode_image(small, "WEBP", lossless=True))
+    vp8l[21:25] = struct.pack("<I", 2**28 - 1)
+    ppm = f"P6 {side} {side} 255\n".encode() + bytes(1000)
+    return {
+        "JPEG": bytes(jpeg), "GIF": bytes(gif), "BMP": bytes(bmp), "AVIF": bytes(avif), "TIFF": bytes(tiff),
+        "WEBP": bytes(webp), "WEBP extended": vp8x, "WEBP lossless": bytes(vp8l), "PPM": ppm,
+    }  # fmt: skip
+
+
+def test_bombs_of_every_format_are_refused_before_memory_is_taken(tmp_path: Path) -> None:
+    bombs = _bombs()
+    for name, bomb in bombs.items():
+        (tmp_path / f"{name}.bomb").write_bytes(bomb)
+        (tmp_path / f"{name}.good").write_bytes(encode_image(np.zeros((64, 64, 3), np.uint8), name.split()[0]))
+    code = """if True:
+        import resource, sys
+        from pathlib import Path
+        from cotam.image import ImageError, decode_image
+        for path in Path(sys.argv[1]).glob("*.good"):
+            decode_image(path.read_bytes())  # loads what decoding needs
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, -1))
+        for path in sorted(Path(sys.argv[1]).glob("*.bomb")):
+            try:
+                decode_image(path.read_bytes(), 2**27)
+            except ImageError as error:
+                print(path.stem, error)
+    """
+    arguments = [sys.executable, "-c", code, str(tmp_path)]
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(bombs) and all("over the limit of 134217728 pixels" in line for line in lines), lines
+
+
+def test_formats_that_run_programs_or_unpack_without_limit_are_not_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "gs"
+    fake.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    ico = _save(Image.new("RGB", (16, 16)), "ICO")
+    for data in (eps, ico, b"SIMPLE  =                    T" + bytes(5000), b"8BPS\0\1" + bytes(100)):
+        with pytest.raises(ImageError, match="not an image in a known format"):
+            decode_image(data)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_higher_limit_is_not_undercut_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert decode_image(encode_image(np.zeros((60, 60, 3), np.uint8)), max_pixels=3600).pixels.shape == (60, 60, 3)
+    with pytest.raises(ImageError, match="60x61 pixels, over the limit of 3600"):
+        decode_image(encode_image(np.zeros((61, 60, 3), np.uint8)), max_pixels=3600)

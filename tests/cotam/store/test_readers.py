@@ -1,20 +1,43 @@
-"""Reading partitions: tars whole, cut and damaged; what WebDataset's convention makes of odd names."""
+"""Reading partitions: whole, cut, damaged and hostile; what WebDataset's convention makes of odd names."""
 
 from __future__ import annotations
 
 import gzip
+import io
+import os
+import random
+import resource
+import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from cotam.store.readers import Partition, read_partition
-from cotam.store.schema import Reject, Sample
+from cotam.store.fs import Root
+from cotam.store.readers import Partition, image_column, member_types, parquet_metadata, read_partition
+from cotam.store.schema import Reject, Row, Sample
+from cotam.store.shard import ShardWriter, read_rows
+from tests.bad_corpora import AFTER, COMPRESSIONS, END, GOOD, JPEG, bad_tars, header, member, pax, pax_record
 from tests.corpus import photograph, to_bytes, write_tar, write_webdataset
+
+TARS = bad_tars()
+
+
+def split(partition: Partition) -> tuple[list[Sample], list[Reject]]:
+    items = list(read_partition(partition))
+    return [i for i in items if isinstance(i, Sample)], [i for i in items if isinstance(i, Reject)]
 
 
 def read(path: Path) -> tuple[list[Sample], list[Reject]]:
-    items = list(read_partition(Partition(partition_id="p", kind="tar", source=str(path))))
-    return [i for i in items if isinstance(i, Sample)], [i for i in items if isinstance(i, Reject)]
+    return split(Partition(partition_id="p", kind="tar", source=str(path)))
+
+
+def parquet(path: Path) -> Partition:
+    metadata = parquet_metadata(str(path))
+    column = image_column(metadata.schema.to_arrow_schema())
+    groups = (0, metadata.num_row_groups)
+    return Partition(partition_id="p", kind="parquet", source=str(path), row_groups=groups, image_column=column)
 
 
 @pytest.fixture
@@ -97,3 +120,211 @@ def test_names_without_images_and_odd_members(tmp_path: Path) -> None:
         ("c", "member txt is not UTF-8 text"),
     ]
     assert rejects[1].image == jpeg
+
+
+@pytest.mark.parametrize("name", TARS)
+def test_every_bad_tar_gives_its_good_samples_and_says_what_is_wrong(name: str, tmp_path: Path) -> None:
+    content, outcome = TARS[name]
+    path = tmp_path / "bad.tar"
+    path.write_bytes(content)
+    started = time.perf_counter()
+    samples, rejects = read(path)
+    assert time.perf_counter() - started < 3
+    assert [s.key for s in samples] == outcome.keys
+    assert len(rejects) == len(outcome.rejects), rejects
+    for reject, error in zip(rejects, outcome.rejects, strict=True):
+        assert error in reject.error and reject.stage == "read" and "\n" not in reject.error
+
+
+def test_no_image_of_a_tar_with_doubles_is_lost(tmp_path: Path) -> None:
+    (tmp_path / "doubles.tar").write_bytes(TARS["the same name twice"][0])
+    samples, _ = read(tmp_path / "doubles.tar")
+    assert [(s.key, s.image == JPEG, s.members) for s in samples] == [
+        ("k", True, {"txt": "1"}),
+        ("k~2", False, {}),
+        ("k~3", True, {"txt": "2"}),
+    ]
+    (tmp_path / "pax.tar").write_bytes(GOOD + header("pax", 2**40, b"x") + bytes(2**21))
+    _, (reject,) = read(tmp_path / "pax.tar")
+    assert reject.key == "a" and reject.image == JPEG  # whole, for all that can be told
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_compressed_tars_under_any_name_whole_cut_and_altered(compression: str, tmp_path: Path) -> None:
+    images = {f"{k:03d}": random.Random(k).randbytes(4000) for k in range(400)}
+    tar = b"".join(member(f"{key}.jpg", image) for key, image in images.items()) + END
+    packed = COMPRESSIONS[compression](tar)
+    path = tmp_path / "named-like-a-plain-one.tar"
+    path.write_bytes(packed)
+    samples, rejects = read(path)
+    assert {s.key: s.image for s in samples} == images and not rejects
+    for end in (5, len(packed) * 2 // 3, len(packed) - 3):
+        path.write_bytes(packed[:end])
+        samples, rejects = read(path)
+        assert len(rejects) == 1 and "tar is damaged after" in rejects[0].error
+        assert all(images[s.key] == s.image for s in samples)
+    path.write_bytes(packed[: len(packed) // 3] + b"\0" * 100 + packed[len(packed) // 3 + 100 :])
+    samples, rejects = read(path)
+    # zstd and gzip streams may go on after wrong bytes, and gzip's checksum comes last; never is a tar said to be whole
+    assert len(rejects) == 1 or (compression == "zst" and len(samples) == len(images))
+
+
+def test_a_bomb_of_a_compressed_tar_is_limited_before_it_fills_memory(tmp_path: Path) -> None:
+    zeros = 2**29 + 2**24
+    path = tmp_path / "bomb.tar.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(GOOD)
+        file.write(header("b.jpg", zeros))
+        for _ in range(zeros // 2**24):
+            file.write(bytes(2**24))
+        file.write(AFTER + END)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    samples, rejects = read(path)
+    assert [s.key for s in samples] == ["a", "z"]
+    assert [r.error for r in rejects] == ["over 536870912 bytes"]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 2**10  # KiB
+
+
+def test_a_hundred_thousand_members_in_flat_memory(tmp_path: Path) -> None:
+    tiny = to_bytes(photograph(0, 8, 8), quality=50)
+    block = header("000000.jpg", len(tiny))
+    body = tiny + bytes(-len(tiny) % 512)
+    rest = sum(block) - 6 * ord("0") - sum(block[148:156]) + 8 * ord(" ")
+    path = tmp_path / "many.tar"
+    with path.open("wb") as file:
+        for k in range(100_000):
+            name = b"%06d" % k
+            file.write(name + block[6:148] + b"%06o\0 " % (rest + sum(name)) + block[156:] + body)
+        file.write(END)
+    items = iter(read_partition(Partition(partition_id="p", kind="tar", source=str(path))))
+    for _ in range(1000):
+        next(items)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert sum(isinstance(item, Sample) for item in items) == 99_000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 40 * 2**10  # KiB; a header takes 1
+
+
+def test_loose_files_that_are_none_do_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    (tmp_path / "good.jpg").write_bytes(JPEG)
+    names = ("pipe.jpg", "folder.jpg", "zero.jpg", "gone.jpg", "good.jpg")
+    samples, rejects = split(Partition(partition_id="p", kind="files", source=str(tmp_path), paths=names))
+    assert [s.key for s in samples] == ["good.jpg"]
+    assert [r.key for r in rejects] == list(names[:4])
+    assert all("a folder, a pipe or a device" in r.error for r in rejects[:3]) and "disappeared" in rejects[3].error
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet", "files"])
+def test_a_disk_that_cannot_be_read_is_an_os_error(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "bad").symlink_to("/proc/self/mem")  # fails at its first seek or byte
+    source = tmp_path if kind == "files" else tmp_path / "bad"
+    partition = Partition(partition_id="p", kind=kind, source=str(source), paths=("bad",), row_groups=(0, 1))
+    with pytest.raises(OSError, match="Input/output error|Invalid argument"):
+        list(read_partition(partition))
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_pipes_and_folders_in_place_of_containers(kind: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for source in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(ValueError, match="a folder, a pipe or a device"):
+            list(read_partition(Partition(partition_id="p", kind=kind, source=str(source), row_groups=(0, 1))))
+
+
+def test_rows_of_a_damaged_row_group_are_rejects_and_the_others_are_read(tmp_path: Path) -> None:
+    images = [random.Random(k).randbytes(3000) for k in range(60)]
+    path = tmp_path / "damaged.parquet"
+    pq.write_table(pa.table({"image": images}), path, row_group_size=20, write_page_checksum=True, use_dictionary=False)
+    data = bytearray(path.read_bytes())
+    data[data.index(images[30])] ^= 1
+    path.write_bytes(data)
+    samples, rejects = split(parquet(path))
+    assert [s.image for s in samples] == images[:20] + images[40:]
+    assert [r.key for r in rejects] == [f"{k:09d}" for k in range(20, 40)]
+    assert all("row group 1 is damaged" in r.error for r in rejects)
+
+
+def test_columns_of_every_type_come_back_and_rows_that_cannot_are_rejects(tmp_path: Path) -> None:
+    broken = pa.array([b"ok", b"\xff\xfe", b"ok"])
+    text = pa.Array.from_buffers(pa.string(), 3, broken.buffers())
+    members = {
+        "txt": text,
+        "when": pa.array([1, 2, 3], pa.timestamp("ns", "UTC")),
+        "map": pa.array([[("k", 1)]] * 3, pa.map_(pa.string(), pa.int32())),
+        "kind": pa.array(["x", "y", "x"]).dictionary_encode(),
+        "nested": pa.array([{"a": [{"b": None}]}, None, {"a": []}]),
+        "large": pa.array([[1.5]] * 3, pa.large_list(pa.float32())),
+        "nothing": pa.nulls(3),
+        "width": pa.array([1, 2, 3]),
+        "member_width": pa.array([4, 5, 6]),
+    }
+    for images in (
+        pa.array([JPEG] * 3, pa.large_binary()),
+        pa.array([JPEG] * 3).dictionary_encode(),
+        pa.array([JPEG] * 3, pa.binary(len(JPEG))),
+        pa.array([{"bytes": JPEG, "path": "p"}] * 3),
+    ):
+        path = tmp_path / "types.parquet"
+        pq.write_table(pa.table({"image": images, **members}), path)
+        samples, rejects = split(parquet(path))
+        assert [s.image for s in samples] == [JPEG] * 2 and [r.key for r in rejects] == ["000000001"]
+        assert "row cannot be read" in rejects[0].error and "utf-8" in rejects[0].error
+        with ShardWriter(tmp_path / "shard.parquet", {}, member_types(parquet(path))) as writer:
+            for s in samples:
+                writer.write(
+                    Row(key=s.key, source="s", width=1, height=1, bitstream=b"x", quality=1.0, source_num_bytes=1,
+                        source_format="JPEG", source_sha256="", members=s.members)
+                )  # fmt: skip
+        last = list(read_rows(Root(str(tmp_path)), "shard.parquet"))[1].members
+        assert last["nested"] == {"a": []} and last["map"] == [("k", 1)] and last["kind"] == "x"
+        assert last["member_width"] == 3 and last["member_member_width"] == 6
+
+
+@pytest.mark.parametrize("seconds", [4, pytest.param(120, marks=pytest.mark.slow)])
+def test_altered_tars_and_parquet_files_never_do_anything_else(seconds: float, tmp_path: Path) -> None:
+    rng = random.Random(int(seconds))
+    images = [rng.randbytes(500 + k) for k in range(30)]
+    table = pa.table({"image": images, "id": [f"k{k}" for k in range(30)], "n": list(range(30))})
+    seeds: list[tuple[str, bytes]] = []
+    for options in ({"compression": "zstd", "data_page_version": "2.0"}, {"use_dictionary": False}):
+        file = io.BytesIO()
+        pq.write_table(table, file, row_group_size=10, **options)
+        seeds.append(("parquet", file.getvalue()))
+    tar = GOOD + pax(pax_record("path", "long" * 40 + ".jpg")) + member("x.jpg") + AFTER + END
+    seeds += [("tar", tar), *(("tar", compress(tar)) for compress in COMPRESSIONS.values())]
+    end = time.monotonic() + seconds
+    num_items = num_rejects = 0
+    while time.monotonic() < end:
+        kind, seed = rng.choice(seeds)
+        path = tmp_path / f"altered.{kind}"
+        path.write_bytes(_altered(seed, rng))
+        started = time.monotonic()
+        try:
+            partition = parquet(path) if kind == "parquet" else Partition(partition_id="p", kind=kind, source=str(path))
+            for item in read_partition(partition):
+                num_items += 1
+                num_rejects += isinstance(item, Reject)
+                item.key.encode()  # a string that Arrow takes
+        except ValueError:
+            assert kind == "parquet"
+        assert time.monotonic() - started < 10
+    assert num_items > num_rejects > 0
+
+
+def _altered(data: bytes, rng: random.Random) -> bytes:
+    altered = bytearray(data)
+    match rng.randrange(4):
+        case 0:
+            del altered[rng.randrange(len(altered)) :]
+        case 1:
+            for _ in range(rng.choice([1, 3, 20])):
+                altered[rng.randrange(len(altered))] = rng.randrange(256)
+        case 2:
+            at = rng.randrange(len(altered))
+            altered[at:at] = rng.randbytes(rng.randrange(600))
+        case 3:  # a footer
+            for _ in range(3):
+                altered[-1 - rng.randrange(min(len(altered), 700))] = rng.randrange(256)
+    return bytes(altered)
