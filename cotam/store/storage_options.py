@@ -10,8 +10,6 @@ from urllib.parse import urlsplit
 
 from fsspec.config import conf
 
-_S3_PROTOCOLS = ("s3", "s3a")
-
 
 def set_storage_options(text: str) -> None:
     """Use options for every s3:// URI that this process opens from now on.
@@ -23,8 +21,7 @@ def set_storage_options(text: str) -> None:
         ValueError: not such an object; the message never quotes a value.
     """
     options = _parse(text)
-    for protocol in _S3_PROTOCOLS:
-        conf[protocol] = {**conf.get(protocol, {}), **options}
+    conf["s3"] = {**conf.get("s3", {}), **options}  # of s3a://, too: fsspec merges what a class has protocols for
 
 
 def storage_configuration() -> dict[str, Any]:

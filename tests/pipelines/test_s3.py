@@ -77,8 +77,7 @@ def proxy(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """The way of this process, and of the workers of its jobs, to the server."""
     for name in [n for n in os.environ if n.startswith("AWS_")]:
         monkeypatch.delenv(name)
-    for protocol in ("s3", "s3a"):
-        monkeypatch.setitem(fsspec.config.conf, protocol, {})
+    monkeypatch.setitem(fsspec.config.conf, "s3", {})
     proxy = FaultProxy(server)
     set_storage_options(json.dumps(proxy.options()))
     yield proxy
