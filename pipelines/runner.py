@@ -35,7 +35,7 @@ from pipelines.counter import Counts, Report
 from pipelines.events import PartitionEvents
 from pipelines.progress import OnProgress, Progress, polling
 
-_TASKS_PER_WAVE = 1000  # what the driver holds at a time
+_TASKS_PER_WAVE = 250  # what the driver holds at a time
 _TASKS_PER_WORKER = 16  # at least so many, while there are partitions enough: no worker idles long at the end
 _PARTITIONS_PER_TASK = 64  # at most: a task of Ray Data costs the driver some 10 ms
 _WORKER_ATTEMPTS = 3  # a partition that takes down this many workers is left alone

@@ -13,7 +13,7 @@ import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from cotam.store.fs import split_uri
+from cotam.store.fs import FileInfo, find_files, glob_files, split_uri
 from cotam.store.readers import TAR_SUFFIXES, Partition, image_column, parquet_metadata
 from cotam.store.tars import IMAGE_EXTENSIONS
 
@@ -45,7 +45,7 @@ def list_partitions(source: str, wanted_image_column: str | None = None) -> list
     for pattern in _expand_braces(source):
         fs, path = split_uri(pattern)
         if any(c in path for c in "*?["):
-            files = {name: info for name, info in fs.glob(path, detail=True).items() if info["type"] != "directory"}
+            files = glob_files(fs, path)
             if not files:
                 raise SourceError(f"no file matches {pattern}")
         elif fs.isdir(path):
@@ -53,11 +53,11 @@ def list_partitions(source: str, wanted_image_column: str | None = None) -> list
             continue
         else:
             try:
-                files = {path: fs.info(path)}
+                files = [FileInfo.of(fs.info(path))]
             except FileNotFoundError:
                 raise SourceError(f"{pattern} does not exist") from None
-        for name in sorted(files):
-            partitions += _list_file(fs, name, files[name], wanted_image_column)
+        for file in files:
+            partitions += _list_file(fs, file, wanted_image_column)
     if not partitions:
         raise SourceError(f"{source} holds no rows")
     if all(p.problem for p in partitions):
@@ -73,20 +73,19 @@ def _expand_braces(source: str) -> Iterable[str]:
 
 
 def _list_folder(fs: AbstractFileSystem, path: str, uri: str, wanted: str | None) -> list[Partition]:
-    # Without on_error, fsspec passes over folders that it may not read.
-    strict = {"on_error": "raise"} if isinstance(fs, LocalFileSystem) else {}
-    found: dict[str, dict[str, Any]] = fs.find(path, detail=True, **strict)
-    files = {
-        n: i for n, i in found.items() if not any(part.startswith((".", "_")) for part in _relative(n, path).split("/"))
-    }
-    containers = sorted(n for n in files if n.lower().endswith((*TAR_SUFFIXES, ".parquet")))
-    images = sorted(n for n in files if n.lower().rsplit(".", 1)[-1] in (*IMAGE_EXTENSIONS, *_OTHER_EXTENSIONS))
+    files = [
+        file
+        for file in find_files(fs, path)
+        if not any(part.startswith((".", "_")) for part in _relative(file.name, path).split("/"))
+    ]
+    containers = [f for f in files if f.name.lower().endswith((*TAR_SUFFIXES, ".parquet"))]
+    images = [f for f in files if f.name.lower().rsplit(".", 1)[-1] in (*IMAGE_EXTENSIONS, *_OTHER_EXTENSIONS)]
     if containers and images:
         raise SourceError(
             f"{uri} holds images beside tars or Parquet files; name the one or the other, as in {uri}/*.tar"
         )
     if containers:
-        return [p for name in containers for p in _list_file(fs, name, files[name], wanted)]
+        return [p for file in containers for p in _list_file(fs, file, wanted)]
     if not images:
         raise SourceError(
             f"no tar, Parquet or image file in {uri}; looked for .tar, .parquet, .{', .'.join(IMAGE_EXTENSIONS)}"
@@ -96,36 +95,36 @@ def _list_folder(fs: AbstractFileSystem, path: str, uri: str, wanted: str | None
     return [
         Partition(
             partition_id=_partition_id(
-                f"{PurePosixPath(path).name}-{k:06d}", [(_relative(n, path), *_version(files[n])) for n in run]
+                f"{PurePosixPath(path).name}-{k:06d}", [(_relative(f.name, path), *f[1:]) for f in run]
             ),
             kind="files",
             source=source,
-            paths=tuple(_relative(n, path) for n in run),
-            num_bytes=sum(files[n]["size"] for n in run),
+            paths=tuple(_relative(f.name, path) for f in run),
+            num_bytes=sum(f.num_bytes for f in run),
         )
         for k, run in enumerate(runs)
     ]
 
 
-def _list_file(fs: AbstractFileSystem, path: str, info: dict[str, Any], wanted: str | None) -> list[Partition]:
-    name = PurePosixPath(path).name
-    source = _uri(fs, path)
+def _list_file(fs: AbstractFileSystem, file: FileInfo, wanted: str | None) -> list[Partition]:
+    name = PurePosixPath(file.name).name
+    source = _uri(fs, file.name)
     if name.lower().endswith(".parquet"):
-        return _list_parquet(path, source, info, wanted)
+        return _list_parquet(file, source, wanted)
     if name.lower().endswith(TAR_SUFFIXES):
-        identity = [(source, *_version(info))]
+        identity = [(source, *file[1:])]
         stem = name[: name.lower().rindex(".t")]
         return [
-            Partition(partition_id=_partition_id(stem, identity), kind="tar", source=source, num_bytes=info["size"])
+            Partition(partition_id=_partition_id(stem, identity), kind="tar", source=source, num_bytes=file.num_bytes)
         ]
     raise SourceError(f"{source} is neither a tar nor a Parquet file nor a folder")
 
 
-def _list_parquet(path: str, source: str, info: dict[str, Any], wanted: str | None) -> list[Partition]:
+def _list_parquet(file: FileInfo, source: str, wanted: str | None) -> list[Partition]:
     def partition(groups: tuple[int, int], column: str, num_bytes: int, problem: str = "") -> Partition:
-        identity = [(source, *_version(info), *groups, column)]
+        identity = [(source, *file[1:], *groups, column)]
         return Partition(
-            partition_id=_partition_id(f"{PurePosixPath(path).stem}-{groups[0]:05d}", identity),
+            partition_id=_partition_id(f"{PurePosixPath(file.name).stem}-{groups[0]:05d}", identity),
             kind="parquet",
             source=source,
             row_groups=groups,
@@ -138,7 +137,7 @@ def _list_parquet(path: str, source: str, info: dict[str, Any], wanted: str | No
         metadata = parquet_metadata(source)
         column = image_column(metadata.schema.to_arrow_schema(), wanted)
     except ValueError as error:
-        return [partition((0, 0), wanted or "", info["size"], str(error))]
+        return [partition((0, 0), wanted or "", file.num_bytes, str(error))]
     partitions, first, num_bytes = [], 0, 0
     for k in range(metadata.num_row_groups):
         num_bytes += metadata.row_group(k).total_byte_size
@@ -151,12 +150,6 @@ def _list_parquet(path: str, source: str, info: dict[str, Any], wanted: str | No
 def _partition_id(stem: str, identity: list[tuple[Any, ...]]) -> str:
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     return f"{re.sub(r'[^A-Za-z0-9_-]+', '_', stem)[:48]}-{digest}"
-
-
-def _version(info: dict[str, Any]) -> tuple[int, str]:
-    """Size and version of a file: the etag on object stores, the time of modification elsewhere."""
-    etag = info.get("ETag") or info.get("etag") or info.get("md5Hash")
-    return int(info["size"]), str(etag or info.get("mtime") or info.get("LastModified") or "")
 
 
 def _relative(name: str, folder: str) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -53,10 +54,14 @@ class Root:
     def list(self, folder: str) -> list[str]:
         """Names of the files directly in ``folder``, sorted; none when there is no such folder."""
         try:
-            entries = self.fs.ls(self.join(folder), detail=True, refresh=True)
+            if self.is_local:
+                with os.scandir(self.join(folder)) as found:
+                    names = [e.name for e in found if e.is_file()]
+            else:
+                entries = self.fs.ls(self.join(folder), detail=True, refresh=True)
+                names = [e["name"].rsplit("/", 1)[-1] for e in entries if e["type"] == "file"]
         except FileNotFoundError:
             return []
-        names = (e["name"].rsplit("/", 1)[-1] for e in entries if e["type"] == "file")
         return sorted(n for n in names if n and not n.startswith("."))
 
     def write(self, path: str, data: bytes) -> None:
@@ -113,6 +118,53 @@ class Root:
     def write_json(self, path: str, value: Any) -> None:
         """Write JSON atomically, readable by people."""
         self.write(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+class FileInfo(NamedTuple):
+    """A file: its full name on its filesystem, bytes, and version (etag or time of modification)."""
+
+    name: str
+    num_bytes: int
+    version: str
+
+    @classmethod
+    def of(cls, info: dict[str, Any]) -> FileInfo:
+        """From what fsspec says of a file."""
+        etag = info.get("ETag") or info.get("etag") or info.get("md5Hash")
+        version = str(etag or info.get("mtime") or info.get("LastModified") or "")
+        return cls(info["name"], int(info["size"]), version)
+
+
+def find_files(fs: AbstractFileSystem, path: str) -> list[FileInfo]:
+    """All files below a folder, by name. Raises OSError for a folder that cannot be read."""
+    if not isinstance(fs, LocalFileSystem):
+        return sorted(FileInfo.of(info) for info in fs.find(path, detail=True).values())
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    walk = os.walk(path, onerror=refuse, followlinks=True)
+    return _local_files(os.path.join(folder, name) for folder, _, names in walk for name in names)
+
+
+def glob_files(fs: AbstractFileSystem, pattern: str) -> list[FileInfo]:
+    """All files whose path matches, by name."""
+    if not isinstance(fs, LocalFileSystem):
+        infos = fs.glob(pattern, detail=True).values()
+        return sorted(FileInfo.of(info) for info in infos if info["type"] != "directory")
+    return _local_files(name for name in glob.iglob(pattern, recursive=True) if not os.path.isdir(name))
+
+
+def _local_files(names: Iterable[str]) -> list[FileInfo]:
+    """fsspec would hold a kilobyte for each."""
+    files = []
+    for name in names:
+        try:
+            status = os.stat(name)
+            files.append(FileInfo(name, status.st_size, str(status.st_mtime)))
+        except FileNotFoundError:  # a link to nowhere
+            files.append(FileInfo(name, 0, ""))
+    return sorted(files)
 
 
 @contextlib.contextmanager

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import io
 import os
+import resource
 import signal
 from functools import partial
 from pathlib import Path
 
 import duckdb
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
@@ -23,13 +26,15 @@ from cotam.store.readers import Partition
 from cotam.store.records import Completion, RunStore
 from cotam.store.shard import read_rejects
 from cotam.store.verify import verify_shard, verify_store
+from jobs.console import Incomplete
+from jobs.run import run_job
 from pipelines.cluster import ResourceError, Resources
 from pipelines.counter import Report
 from pipelines.decode import DecodeConfig, DecodeTask, list_shards
 from pipelines.encode import EncodeConfig, EncodeTask
 from pipelines.runner import JobSummary, run_partitions
 from pipelines.sources import list_partitions
-from tests.corpus import bad_files, photograph, to_bytes, write_webdataset
+from tests.corpus import bad_files, photograph, to_bytes, write_tar, write_webdataset
 
 RESOURCES = Resources(num_workers=2)
 
@@ -146,26 +151,56 @@ def test_png_output_stays_inside_its_folder(tmp_path: Path) -> None:
 
 
 class _Deadly(EncodeTask):
-    """Kills its worker on one partition, as a decoder with a fault would."""
+    """Kills its worker on one partition, as a decoder with a fault would, and exhausts its memory on another."""
 
     def process(self, partition: Partition, store: RunStore, report: Report) -> Completion:
         if "part-0001" in partition.source:
             os.kill(os.getpid(), signal.SIGKILL)
+        if "part-0002" in partition.source:
+            resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**28,) * 2)
+            faulthandler.disable()
+            np.ones(2**29, np.uint8)
         return super().process(partition, store, report)
 
 
-def test_a_partition_that_kills_workers_fails_alone_and_a_rerun_retries_just_that(tmp_path: Path) -> None:
-    write_webdataset(tmp_path / "in", 3, 2)
+def test_partitions_that_kill_workers_fail_alone_and_a_rerun_retries_just_those(tmp_path: Path) -> None:
+    write_webdataset(tmp_path / "in", 4, 2)
     dst = str(tmp_path / "out")
     store = RunStore(dst)
     config = EncodeConfig()
     config_hash = store.open_run("encode", dataclasses.asdict(config), ["in"])
     partitions = list_partitions(str(tmp_path / "in"))
-    summary = run_partitions(partial(_Deadly, config, config_hash, "cpu", 1), partitions, store, RESOURCES)
-    assert (summary.num_rows, summary.num_failed) == (4, 1)
-    assert "workers died" in summary.failures[0]["error"]
+    with pytest.raises(Incomplete, match=r"2 of 4 partitions failed.*part-0001.*workers died"):  # exit status 3
+        run_job(partial(_Deadly, config, config_hash, "cpu", 1), partitions, store, RESOURCES, None, as_json=True)
+    errors = {f["source"].rpartition("/")[2]: f["error"] for f in store.failures()}
+    assert set(errors) == {"part-0001.tar", "part-0002.tar"} and "MemoryError" in errors["part-0002.tar"]
     summary = encode(str(tmp_path / "in"), dst)
-    assert (summary.num_skipped, summary.num_rows, summary.num_failed) == (2, 6, 0)
+    assert (summary.num_skipped, summary.num_rows, summary.num_failed) == (2, 8, 0)
+    assert problems(dst) == []
+
+
+def test_a_changed_source_replaces_what_was_made_of_it(tmp_path: Path) -> None:
+    keys = write_webdataset(tmp_path / "in", 3, 2)
+    source, dst = str(tmp_path / "in"), str(tmp_path / "out")
+    encode(source, dst)
+    before = {r.source: r.partition_id for r in RunStore(dst).completions()}
+    changed = tmp_path / "in/part-0001.tar"
+    write_tar(changed, [("new.jpg", to_bytes(photograph(9))), ("bad.jpg", b"")])
+    summary = encode(source, dst)
+    assert (summary.num_skipped, summary.num_replaced, summary.num_rows, summary.num_rejects) == (2, 1, 5, 1)
+    rows = ds.dataset(f"{dst}/data").to_table(columns=["key"])["key"].to_pylist()
+    assert rows == [*keys[:2], "new", *keys[4:]]
+    after = {r.source: r.partition_id for r in RunStore(dst).completions()}
+    assert [s for s in before if before[s] != after[s]] == [str(changed)]
+
+    # A job that is killed while it works on one version, and finds another when it is started again.
+    store = RunStore(dst)
+    abandoned = "part-0001-000000000000"
+    store.count_attempt(abandoned)
+    store.root.write(f"data/{abandoned}.parquet", (tmp_path / "out" / next(store.completions()).data).read_bytes())
+    write_tar(changed, [("newer.jpg", to_bytes(photograph(8)))])
+    encode(source, dst)
+    assert ds.dataset(f"{dst}/data").to_table(columns=["key"])["key"].to_pylist() == [*keys[:2], "newer", *keys[4:]]
     assert problems(dst) == []
 
 
