@@ -1,4 +1,4 @@
-"""Questions about a scene at three levels, its caption, and what can be answered without looking.
+"""Questions about a scene at three levels, and its caption.
 
 low: read the sign. high: what kind of scene. cross: count, colour, existence, left of, larger.
 """
@@ -6,8 +6,6 @@ low: read the sign. high: what kind of scene. cross: count, colour, existence, l
 from __future__ import annotations
 
 import random
-from collections import Counter, defaultdict
-from collections.abc import Iterable
 
 from cotam.sceneqa.scene import COLOURS, KINDS, SHAPES, Scene, Thing
 from cotam.tasks.questions import Question
@@ -73,20 +71,6 @@ def caption(scene: Scene, with_kind: bool = True) -> str:
     place = [f"a {scene.kind} scene"] if with_kind else []
     things = [f"a {thing.size} {thing.name}" for thing in scene.things]
     return ", ".join([*place, *things, f'a sign that says "{scene.sign.text.lower()}"'])
-
-
-def blind_answers(train: Iterable[Question], test: Iterable[Question]) -> list[str]:
-    """The best answers without looking: the most frequent one to a question's text in training, or to its type."""
-    by_text: dict[str, Counter[str]] = defaultdict(Counter)
-    by_type: dict[str, Counter[str]] = defaultdict(Counter)
-    for question in train:
-        by_text[question.question][question.answers[0]] += 1
-        by_type[question.type][question.answers[0]] += 1
-    answers = []
-    for question in test:
-        counts = by_text.get(question.question) or by_type.get(question.type) or Counter({"": 1})
-        answers.append(counts.most_common(1)[0][0])
-    return answers
 
 
 def _left(scene: Scene, a: Thing, b: Thing) -> Question:

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cotam.store.fs import Root
-from cotam.tasks.scores import yes_no
+from cotam.tasks.blind import AskedQuestion, blind_answers
+from cotam.tasks.scores import SCORES, yes_no
 
 _Z95 = 1.959964  # of the normal distribution
 PREDICTION_SCHEMA = pa.schema(
@@ -40,6 +41,7 @@ class _Mean:
 
     num: int = 0
     total: float = 0.0
+    blind: float = 0.0
     _squares: float = 0.0
     _products: float = 0.0
     _counts: float = 0.0
@@ -63,6 +65,7 @@ class _Mean:
             "score": mean,
             "ci95": [max(0.0, mean - _Z95 * error), min(1.0, mean + _Z95 * error)],
             "num_questions": self.num,
+            "blind": self.blind / self.num,
         }
 
 
@@ -75,12 +78,14 @@ def summarise(rows: Iterable[Mapping[str, Any]], metric: str) -> dict[str, Any]:
 
     Returns:
         JSON-serialisable: num_images, num_questions, num_errors, bpp (all bytes over all pixels), metric, overall,
-        by_type, by_level (each with score, ci95, num_questions), and yes_no where all answers are yes or no.
+        by_type, by_level (each with score, ci95, num_questions, and blind: the score of the answers that the question
+        alone suggests, ``blind_answers``), and yes_no where all answers are yes or no.
     """
     overall = _Mean()
     by_type: dict[str, _Mean] = {}
     by_level: dict[str, _Mean] = {}
     binary: list[tuple[str, str]] = []
+    asked_alone: list[tuple[AskedQuestion, str]] = []
     num_images = num_errors = num_bytes = num_pixels = 0
     for _, group in groupby(rows, key=lambda row: (row["source"], row["key"])):
         asked = list(group)
@@ -93,8 +98,15 @@ def summarise(rows: Iterable[Mapping[str, Any]], metric: str) -> dict[str, Any]:
             for value in {row[name] for row in asked if row[name]}:
                 means.setdefault(value, _Mean()).add_image([r["score"] for r in asked if r[name] == value])
         for row in asked:
+            alone = AskedQuestion(row["question"], row["type"], tuple(row["answers"]), num_images)
+            asked_alone.append((alone, row["level"]))
             if set(row["answers"]) in ({"yes"}, {"no"}):
                 binary.append((row["prediction"] or "", row["answers"][0]))
+    for (question, level), guess in zip(asked_alone, blind_answers([q for q, _ in asked_alone]), strict=True):
+        score = SCORES[metric](guess, question.answers)
+        for mean in (overall, by_type.get(question.type), by_level.get(level)):
+            if mean is not None:
+                mean.blind += score
     results: dict[str, Any] = {
         "num_images": num_images,
         "num_questions": overall.num,

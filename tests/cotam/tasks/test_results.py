@@ -13,8 +13,8 @@ from cotam.tasks.results import summarise
 
 def row(key: str, score: float, **changes: Any) -> dict[str, Any]:
     return {
-        "key": key, "source": "s", "width": 100, "height": 50, "num_bytes": 500, "answers": ["yes"], "type": "exists",
-        "level": "cross", "prediction": "yes", "error": None, "score": score, **changes,
+        "key": key, "source": "s", "width": 100, "height": 50, "num_bytes": 500, "question": "Is it?",
+        "answers": ["yes"], "type": "exists", "level": "cross", "prediction": "yes", "error": None, "score": score, **changes,
     }  # fmt: skip
 
 
@@ -33,6 +33,17 @@ def test_a_summary_counts_every_question_and_every_byte_once() -> None:
     assert summary["by_level"]["low"]["score"] == 0 and summary["by_type"]["exists"]["num_questions"] == 4
     assert summary["yes_no"]["precision"] == 1 and summary["yes_no"]["recall"] == pytest.approx(2 / 3)
     assert summarise([], "exact_match")["overall"] is None
+
+
+def test_the_blind_baseline_knows_the_questions_and_nothing_of_the_answer_it_guesses() -> None:
+    rows = []
+    for k in range(20):
+        rows.append(row(str(k), 1.0, question="Is it day?", answers=["yes" if k < 14 else "no"]))
+        rows.append(row(str(k), 1.0, type="read", level="low", question=f"Sign {k}?", answers=[str(k)]))
+    summary = summarise(rows, "exact_match")
+    assert summary["by_type"]["exists"]["blind"] == pytest.approx(0.7)
+    assert summary["by_type"]["read"]["blind"] == summary["by_level"]["low"]["blind"] == 0
+    assert summary["overall"]["blind"] == pytest.approx(0.35)
 
 
 def test_the_interval_of_a_mean_covers_it_when_an_images_questions_stand_or_fall_together() -> None:
