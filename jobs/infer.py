@@ -98,6 +98,7 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
     say(f"{metrics['num_questions']} questions about {metrics['num_images']} images, {metrics['bpp']:.3f} bpp.")
     for name, result in (("overall", metrics["overall"]), *metrics["by_level"].items(), *metrics["by_type"].items()):
         low, high = result["ci95"]
-        say(f"  {name:10} {result['score']:6.1%}  ({low:.1%} to {high:.1%}, {result['num_questions']} questions, blind {result['blind']:.1%})")
+        asked = f"{result['num_questions']} questions, blind {result['blind']:.1%}"
+        say(f"  {name:10} {result['score']:6.1%}  ({low:.1%} to {high:.1%}, {asked})")
     if metrics["num_errors"]:
         say(f"{metrics['num_errors']} questions have no answer; the column `error` says why.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,34 @@ class Progress:
     def snapshot(self) -> tuple[Counts, int]:
         """The counts so far, and how many partitions are done."""
         return self._counts, self._num_done
+
+
+class Reporter:
+    """A worker's way to its job's ``Progress``: adds up what comes quickly one after another.
+
+    Args:
+        progress: the actor.
+    """
+
+    def __init__(self, progress: Any) -> None:
+        self._progress = progress
+        self._counts: Counts = {}
+        self._num_done = 0
+        self._last = time.monotonic()
+
+    def add(self, counts: Counts, num_done: int = 0) -> None:
+        """Report counts, and a number of partitions that are done; sent at once where nothing was for a while."""
+        for name, value in counts.items():
+            self._counts[name] = self._counts.get(name, 0) + value
+        self._num_done += num_done
+        if time.monotonic() - self._last > _POLL_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what is left."""
+        if self._counts or self._num_done:
+            self._progress.add.remote(self._counts, self._num_done)
+        self._counts, self._num_done, self._last = {}, 0, time.monotonic()
 
 
 class polling:

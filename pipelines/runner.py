@@ -33,7 +33,7 @@ from cotam.store.storage_options import storage_configuration, use_storage_confi
 from pipelines.cluster import Resources, pool_size
 from pipelines.counter import Counts, Report
 from pipelines.events import PartitionEvents
-from pipelines.progress import OnProgress, Progress, polling
+from pipelines.progress import OnProgress, Progress, Reporter, polling
 
 _TASKS_PER_WAVE = 250  # what the driver holds at a time
 _TASKS_PER_WORKER = 16  # at least so many, while there are partitions enough: no worker idles long at the end
@@ -116,7 +116,7 @@ def run_partitions(
 
     Raises:
         ResourceError: the cluster cannot hold one such worker.
-        RuntimeError: workers die before they begin with a partition.
+        RuntimeError: round after round no partition gets to an outcome.
     """
     started = time.monotonic()
     done = store.completed_ids()
@@ -149,7 +149,10 @@ def _run_rounds(
         # A poisonous partition kills its worker in _WORKER_ATTEMPTS rounds and is given up in the next one.
         futile = 0 if settled else futile + 1
         if futile > _WORKER_ATTEMPTS:
-            raise RuntimeError("workers die before they begin; see Ray's logs for the reason, memory above all")
+            raise RuntimeError(
+                "no partition gets to an end, neither done nor failed: is the store away, or are workers killed for"
+                " their memory? Ray's logs and the workers' say more"
+            )
         pending = [p for p in pending if p.partition_id not in settled]
         per_task = 1  # what takes down workers takes nothing else with it
 
@@ -197,14 +200,15 @@ class _Worker:
         use_storage_configuration(storage)
         self._task = make_task()
         self._store = RunStore(store_uri)
-        self._progress = progress
+        self._progress = Reporter(progress)
         self._events = PartitionEvents(self._task.command)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         partitions = [partition_from_dict(values) for values in json.loads(str(batch["partitions"][0]))]
         for partition in partitions:
             self._settle(partition)
-            self._progress.add.remote({}, 1)
+            self._progress.add({}, 1)
+        self._progress.flush()
         return {"partition_id": [partition.partition_id for partition in partitions]}
 
     def _settle(self, partition: Partition) -> None:
@@ -240,12 +244,12 @@ class _Worker:
         def report(counts: Counts) -> None:
             for name, value in counts.items():
                 reported[name] = reported.get(name, 0) + value
-            self._progress.add.remote(counts, 0)
+            self._progress.add(counts)
 
         try:
             return self._task.process(partition, self._store, report)
         except OSError:
-            self._progress.add.remote({name: -value for name, value in reported.items()}, 0)
+            self._progress.add({name: -value for name, value in reported.items()})
             raise
 
 

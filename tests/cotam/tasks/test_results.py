@@ -14,7 +14,8 @@ from cotam.tasks.results import summarise
 def row(key: str, score: float, **changes: Any) -> dict[str, Any]:
     return {
         "key": key, "source": "s", "width": 100, "height": 50, "num_bytes": 500, "question": "Is it?",
-        "answers": ["yes"], "type": "exists", "level": "cross", "prediction": "yes", "error": None, "score": score, **changes,
+        "answers": ["yes"], "type": "exists", "level": "cross", "prediction": "yes", "error": None,
+        "score": score, **changes,
     }  # fmt: skip
 
 
