@@ -258,21 +258,17 @@ _SUMMED = ("num_images", "num_rows", "num_rejects", "num_pixels", "source_num_by
 
 def _summarise(partitions: list[Partition], num_skipped: int, store: RunStore, started: float) -> JobSummary:
     """Sums over the records of ``partitions``; what earlier versions of their sources left behind is removed."""
-    ids, sources = {p.partition_id for p in partitions}, {p.source for p in partitions}
+    ids = {p.partition_id for p in partitions}
     failures = [f for f in store.failures() if f["partition_id"] in ids]
     totals = dict.fromkeys(_SUMMED, 0)
-    done: set[str] = set()
-    earlier: list[Completion] = []
+    others: list[Completion] = []
     for record in store.completions():
-        if record.partition_id in ids:
-            done.add(record.partition_id)
-            for name in _SUMMED:
-                totals[name] += getattr(record, name)
-        elif record.source in sources:
-            earlier.append(record)
-    # The new version of a source is whole before the old one goes.
-    unfinished = {p.source for p in partitions if p.partition_id not in done} if earlier else set()
-    replaced = [record for record in earlier if record.source not in unfinished]
+        if record.partition_id not in ids:
+            others.append(record)
+            continue
+        for name in _SUMMED:
+            totals[name] += getattr(record, name)
+    replaced = _replaced(partitions, others, store) if others else []
     for record in replaced:
         store.discard(record)
     return JobSummary(
@@ -284,6 +280,14 @@ def _summarise(partitions: list[Partition], num_skipped: int, store: RunStore, s
         seconds=time.monotonic() - started,
         **totals,
     )
+
+
+def _replaced(partitions: list[Partition], others: list[Completion], store: RunStore) -> list[Completion]:
+    """Of records that are none of ``partitions``: earlier versions of sources that are finished as they are now."""
+    done = store.completed_ids()
+    unfinished = {p.source for p in partitions if p.partition_id not in done}
+    finished = {p.source for p in partitions} - unfinished
+    return [record for record in others if record.source in finished]
 
 
 def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:

@@ -13,7 +13,7 @@ import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from cotam.store.fs import FileInfo, find_files, glob_files, split_uri
+from cotam.store.fs import FileInfo, find_files, glob_files, one_file, split_uri
 from cotam.store.readers import TAR_SUFFIXES, Partition, image_column, parquet_metadata
 from cotam.store.tars import IMAGE_EXTENSIONS
 
@@ -46,18 +46,18 @@ def list_partitions(source: str, wanted_image_column: str | None = None) -> list
         fs, path = split_uri(pattern)
         if any(c in path for c in "*?["):
             files = glob_files(fs, path)
-            if not files:
+            if not files.names:
                 raise SourceError(f"no file matches {pattern}")
         elif fs.isdir(path):
             partitions += _list_folder(fs, path, pattern, wanted_image_column)
             continue
         else:
             try:
-                files = [FileInfo.of(fs.info(path))]
+                files = one_file(fs, path)
             except FileNotFoundError:
                 raise SourceError(f"{pattern} does not exist") from None
-        for file in files:
-            partitions += _list_file(fs, file, wanted_image_column)
+        for name in files.names:
+            partitions += _list_file(fs, name, files.info(name), wanted_image_column)
     if not partitions:
         raise SourceError(f"{source} holds no rows")
     if all(p.problem for p in partitions):
@@ -73,19 +73,16 @@ def _expand_braces(source: str) -> Iterable[str]:
 
 
 def _list_folder(fs: AbstractFileSystem, path: str, uri: str, wanted: str | None) -> list[Partition]:
-    files = [
-        file
-        for file in find_files(fs, path)
-        if not any(part.startswith((".", "_")) for part in _relative(file.name, path).split("/"))
-    ]
-    containers = [f for f in files if f.name.lower().endswith((*TAR_SUFFIXES, ".parquet"))]
-    images = [f for f in files if f.name.lower().rsplit(".", 1)[-1] in (*IMAGE_EXTENSIONS, *_OTHER_EXTENSIONS)]
+    found, info = find_files(fs, path)
+    names = [n for n in found if not any(part.startswith((".", "_")) for part in _relative(n, path).split("/"))]
+    containers = [n for n in names if n.lower().endswith((*TAR_SUFFIXES, ".parquet"))]
+    images = [n for n in names if n.lower().rsplit(".", 1)[-1] in (*IMAGE_EXTENSIONS, *_OTHER_EXTENSIONS)]
     if containers and images:
         raise SourceError(
             f"{uri} holds images beside tars or Parquet files; name the one or the other, as in {uri}/*.tar"
         )
     if containers:
-        return [p for file in containers for p in _list_file(fs, file, wanted)]
+        return [p for name in containers for p in _list_file(fs, name, info(name), wanted)]
     if not images:
         raise SourceError(
             f"no tar, Parquet or image file in {uri}; looked for .tar, .parquet, .{', .'.join(IMAGE_EXTENSIONS)}"
@@ -95,36 +92,36 @@ def _list_folder(fs: AbstractFileSystem, path: str, uri: str, wanted: str | None
     return [
         Partition(
             partition_id=_partition_id(
-                f"{PurePosixPath(path).name}-{k:06d}", [(_relative(f.name, path), *f[1:]) for f in run]
+                f"{PurePosixPath(path).name}-{k:06d}", [(_relative(n, path), *info(n)) for n in run]
             ),
             kind="files",
             source=source,
-            paths=tuple(_relative(f.name, path) for f in run),
-            num_bytes=sum(f.num_bytes for f in run),
+            paths=tuple(_relative(n, path) for n in run),
+            num_bytes=sum(info(n).num_bytes for n in run),
         )
         for k, run in enumerate(runs)
     ]
 
 
-def _list_file(fs: AbstractFileSystem, file: FileInfo, wanted: str | None) -> list[Partition]:
-    name = PurePosixPath(file.name).name
-    source = _uri(fs, file.name)
+def _list_file(fs: AbstractFileSystem, path: str, info: FileInfo, wanted: str | None) -> list[Partition]:
+    name = PurePosixPath(path).name
+    source = _uri(fs, path)
     if name.lower().endswith(".parquet"):
-        return _list_parquet(file, source, wanted)
+        return _list_parquet(path, info, source, wanted)
     if name.lower().endswith(TAR_SUFFIXES):
-        identity = [(source, *file[1:])]
+        identity = [(source, *info)]
         stem = name[: name.lower().rindex(".t")]
         return [
-            Partition(partition_id=_partition_id(stem, identity), kind="tar", source=source, num_bytes=file.num_bytes)
+            Partition(partition_id=_partition_id(stem, identity), kind="tar", source=source, num_bytes=info.num_bytes)
         ]
     raise SourceError(f"{source} is neither a tar nor a Parquet file nor a folder")
 
 
-def _list_parquet(file: FileInfo, source: str, wanted: str | None) -> list[Partition]:
+def _list_parquet(path: str, info: FileInfo, source: str, wanted: str | None) -> list[Partition]:
     def partition(groups: tuple[int, int], column: str, num_bytes: int, problem: str = "") -> Partition:
-        identity = [(source, *file[1:], *groups, column)]
+        identity = [(source, *info, *groups, column)]
         return Partition(
-            partition_id=_partition_id(f"{PurePosixPath(file.name).stem}-{groups[0]:05d}", identity),
+            partition_id=_partition_id(f"{PurePosixPath(path).stem}-{groups[0]:05d}", identity),
             kind="parquet",
             source=source,
             row_groups=groups,
@@ -137,7 +134,7 @@ def _list_parquet(file: FileInfo, source: str, wanted: str | None) -> list[Parti
         metadata = parquet_metadata(source)
         column = image_column(metadata.schema.to_arrow_schema(), wanted)
     except ValueError as error:
-        return [partition((0, 0), wanted or "", file.num_bytes, str(error))]
+        return [partition((0, 0), wanted or "", info.num_bytes, str(error))]
     partitions, first, num_bytes = [], 0, 0
     for k in range(metadata.num_row_groups):
         num_bytes += metadata.row_group(k).total_byte_size

@@ -7,7 +7,8 @@ import glob
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,10 +100,10 @@ class Root:
         """The parsed JSON of a file. Raises FileNotFoundError, or ValueError for a file that is not JSON."""
         return self._parse(bytes(self.fs.cat_file(self.join(path), start=0, end=_MAX_JSON_BYTES)), path)
 
-    def read_jsons(self, paths: Sequence[str]) -> Iterator[Any]:
+    def read_jsons(self, paths: Iterable[str]) -> Iterator[Any]:
         """``read_json`` of many files, in order; object stores are asked for many at a time."""
-        for start in range(0, len(paths), _FILES_AT_A_TIME):
-            chunk = paths[start : start + _FILES_AT_A_TIME]
+        remaining = iter(paths)
+        while chunk := list(islice(remaining, _FILES_AT_A_TIME)):
             targets = [self.join(path) for path in chunk]
             contents = self.fs.cat_ranges(targets, 0, _MAX_JSON_BYTES, on_error="raise")
             yield from map(self._parse, contents, chunk)
@@ -121,9 +122,8 @@ class Root:
 
 
 class FileInfo(NamedTuple):
-    """A file: its full name on its filesystem, bytes, and version (etag or time of modification)."""
+    """Bytes of a file, and its version: the etag on object stores, the time of modification elsewhere."""
 
-    name: str
     num_bytes: int
     version: str
 
@@ -132,39 +132,53 @@ class FileInfo(NamedTuple):
         """From what fsspec says of a file."""
         etag = info.get("ETag") or info.get("etag") or info.get("md5Hash")
         version = str(etag or info.get("mtime") or info.get("LastModified") or "")
-        return cls(info["name"], int(info["size"]), version)
+        return cls(int(info["size"]), version)
 
 
-def find_files(fs: AbstractFileSystem, path: str) -> list[FileInfo]:
-    """All files below a folder, by name. Raises OSError for a folder that cannot be read."""
+class Files(NamedTuple):
+    """Full names of files, sorted, and what is known about one of them."""
+
+    names: list[str]
+    info: Callable[[str], FileInfo]
+
+
+def find_files(fs: AbstractFileSystem, path: str) -> Files:
+    """All files below a folder. Raises OSError for a folder that cannot be read."""
     if not isinstance(fs, LocalFileSystem):
-        return sorted(FileInfo.of(info) for info in fs.find(path, detail=True).values())
+        return _described(fs.find(path, detail=True))
 
     def refuse(error: OSError) -> None:
         raise error
 
+    # Not by fsspec, which holds a kilobyte for every file.
     walk = os.walk(path, onerror=refuse, followlinks=True)
-    return _local_files(os.path.join(folder, name) for folder, _, names in walk for name in names)
+    return Files(sorted(os.path.join(folder, name) for folder, _, names in walk for name in names), _local_info)
 
 
-def glob_files(fs: AbstractFileSystem, pattern: str) -> list[FileInfo]:
-    """All files whose path matches, by name."""
+def glob_files(fs: AbstractFileSystem, pattern: str) -> Files:
+    """All files whose path matches."""
     if not isinstance(fs, LocalFileSystem):
-        infos = fs.glob(pattern, detail=True).values()
-        return sorted(FileInfo.of(info) for info in infos if info["type"] != "directory")
-    return _local_files(name for name in glob.iglob(pattern, recursive=True) if not os.path.isdir(name))
+        found = fs.glob(pattern, detail=True)
+        return _described({name: info for name, info in found.items() if info["type"] != "directory"})
+    names = sorted(name for name in glob.iglob(pattern, recursive=True) if not os.path.isdir(name))
+    return Files(names, _local_info)
 
 
-def _local_files(names: Iterable[str]) -> list[FileInfo]:
-    """fsspec would hold a kilobyte for each."""
-    files = []
-    for name in names:
-        try:
-            status = os.stat(name)
-            files.append(FileInfo(name, status.st_size, str(status.st_mtime)))
-        except FileNotFoundError:  # a link to nowhere
-            files.append(FileInfo(name, 0, ""))
-    return sorted(files)
+def one_file(fs: AbstractFileSystem, path: str) -> Files:
+    """A file by its name. Raises FileNotFoundError."""
+    return _described({path: fs.info(path)})
+
+
+def _described(infos: dict[str, dict[str, Any]]) -> Files:
+    return Files(sorted(infos), lambda name: FileInfo.of(infos[name]))
+
+
+def _local_info(name: str) -> FileInfo:
+    try:
+        status = os.stat(name)
+    except FileNotFoundError:  # a link to nowhere
+        return FileInfo(0, "")
+    return FileInfo(status.st_size, str(status.st_mtime))
 
 
 @contextlib.contextmanager

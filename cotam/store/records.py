@@ -125,9 +125,11 @@ class RunStore:
         Raises:
             StoreError: one is none, or not of its partition; whoever may write to the store may write anything.
         """
-        paths = [f"_cotam/completed/{name}" for name in self.root.list("_cotam/completed")]
-        for path, values in zip(paths, self.root.read_jsons(paths), strict=True):
-            yield parse_completion(values, path.rsplit("/", 1)[-1].removesuffix(".json"), f"{self.root.uri}/{path}")
+        names = self.root.list("_cotam/completed")
+        records = self.root.read_jsons(f"_cotam/completed/{name}" for name in names)
+        for name, values in zip(names, records, strict=True):
+            where = f"{self.root.uri}/_cotam/completed/{name}"
+            yield parse_completion(values, name.removesuffix(".json"), where)
 
     def is_complete(self, partition_id: str) -> bool:
         """Whether a partition has a completion record."""
