@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import CpusPerWorker, GpusPerWorker, Json, NumWorkers, Quiet, RayAddress
+from jobs.options import Autoscale, CpusPerWorker, GpusPerWorker, Json, NumWorkers, Quiet, RayAddress
 from jobs.storage import StorageOptions
 
 
@@ -20,6 +20,7 @@ def decode(
     ] = "png",
     model: Annotated[str | None, typer.Option(help="Codec, where it is not the one named in SRC's manifest.")] = None,
     num_workers: NumWorkers = 0,
+    autoscale: Autoscale = False,
     cpus_per_worker: CpusPerWorker = 1.0,
     gpus_per_worker: GpusPerWorker = 0.0,
     ray_address: RayAddress = None,
@@ -47,5 +48,8 @@ def decode(
         store.open_run("decode", dataclasses.asdict(config), [src])
         device = "cuda" if gpus_per_worker else "cpu"
         make_task = partial(DecodeTask, config, device, max(1, round(cpus_per_worker)))
-        resources = Resources(num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker)
+        resources = Resources(
+            num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker,
+            autoscale=autoscale,
+        )  # fmt: skip
         run_job(make_task, shards, store, resources, ray_address, as_json, quiet=quiet)

@@ -10,7 +10,19 @@ import typer
 
 from cotam.image import MAX_PIXELS
 from cotam.importance import DEFAULT_STRENGTH, Attention
-from jobs.options import Clip, CpusPerWorker, GpusPerWorker, Json, Layer, Model, NumWorkers, Queries, Quiet, RayAddress
+from jobs.options import (
+    Autoscale,
+    Clip,
+    CpusPerWorker,
+    GpusPerWorker,
+    Json,
+    Layer,
+    Model,
+    NumWorkers,
+    Queries,
+    Quiet,
+    RayAddress,
+)
 from jobs.storage import StorageOptions
 
 
@@ -36,6 +48,7 @@ def encode(
         float, typer.Option(help="More rejects than this fraction: exit 3.", min=0, max=1)
     ] = 1.0,
     num_workers: NumWorkers = 0,
+    autoscale: Autoscale = False,
     cpus_per_worker: CpusPerWorker = 1.0,
     gpus_per_worker: GpusPerWorker = 0.0,
     ray_address: RayAddress = None,
@@ -71,5 +84,8 @@ def encode(
         config_hash = store.open_run("encode", dataclasses.asdict(config), [src])
         device = "cuda" if gpus_per_worker else "cpu"
         make_task = partial(EncodeTask, config, config_hash, device, max(1, round(cpus_per_worker)))
-        resources = Resources(num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker)
+        resources = Resources(
+            num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker,
+            autoscale=autoscale,
+        )  # fmt: skip
         run_job(make_task, partitions, store, resources, ray_address, as_json, max_reject_rate, quiet)

@@ -9,7 +9,19 @@ from typing import Annotated, Any
 import typer
 
 from cotam.tasks.scores import SCORES
-from jobs.options import Adapter, CpusPerWorker, GpusPerWorker, Input, Json, Mllm, NumWorkers, Prompt, Quiet, RayAddress
+from jobs.options import (
+    Adapter,
+    Autoscale,
+    CpusPerWorker,
+    GpusPerWorker,
+    Input,
+    Json,
+    Mllm,
+    NumWorkers,
+    Prompt,
+    Quiet,
+    RayAddress,
+)
 from jobs.storage import StorageOptions
 
 
@@ -29,6 +41,7 @@ def infer(
     batch_size: Annotated[int, typer.Option(help="Images at a time; requests at a time at an endpoint.", min=1)] = 8,
     image_column: Annotated[str | None, typer.Option(help="Image column of Parquet input.")] = None,
     num_workers: NumWorkers = 0,
+    autoscale: Autoscale = False,
     cpus_per_worker: CpusPerWorker = 1.0,
     gpus_per_worker: GpusPerWorker = 0.0,
     ray_address: RayAddress = None,
@@ -73,7 +86,10 @@ def infer(
         store.open_run("infer", dataclasses.asdict(config), [src])
         device = "cuda" if gpus_per_worker else "cpu"
         make_task = partial(InferTask, config, device, max(1, round(cpus_per_worker)))
-        resources = Resources(num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker)
+        resources = Resources(
+            num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker,
+            autoscale=autoscale,
+        )  # fmt: skip
         try:
             run_job(
                 make_task, partitions, store, resources, ray_address, as_json, quiet=quiet, with_summary=not as_json

@@ -10,6 +10,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 Model = Annotated[str, typer.Option(help="Codec: a packaged name, or a path or URI of a codec file.")]
 NumWorkers = Annotated[int, typer.Option(help="Worker processes; 0 chooses from the cluster.", min=0)]
+Autoscale = Annotated[
+    bool, typer.Option(help="Wait for the cluster's autoscaler to bring nodes for --num-workers, instead of refusing.")
+]
 CpusPerWorker = Annotated[float, typer.Option(help="CPUs (and threads) of each worker.", min=0.1)]
 GpusPerWorker = Annotated[float, typer.Option(help="GPUs of each worker, fractions allowed; 0 runs on CPUs.", min=0)]
 RayAddress = Annotated[str | None, typer.Option(help="Ray cluster to use; starts one on this machine by default.")]

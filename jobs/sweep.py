@@ -12,6 +12,7 @@ from cotam.importance import DEFAULT_STRENGTH, Attention
 from cotam.tasks.scores import SCORES
 from jobs.options import (
     Adapter,
+    Autoscale,
     Clip,
     CpusPerWorker,
     GpusPerWorker,
@@ -50,6 +51,7 @@ def sweep(
     queries: Queries = Attention.queries,
     metric: Annotated[str, typer.Option(help=f"Score of an answer: {', '.join(SCORES)}.")] = "exact_match",
     num_workers: NumWorkers = 0,
+    autoscale: Autoscale = False,
     cpus_per_worker: CpusPerWorker = 1.0,
     gpus_per_worker: GpusPerWorker = 0.0,
     ray_address: RayAddress = None,
@@ -90,7 +92,10 @@ def sweep(
         store.open_run("sweep", dataclasses.asdict(config), [src])
         device = "cuda" if gpus_per_worker else "cpu"
         make_task = partial(SweepTask, config, device, max(1, round(cpus_per_worker)))
-        resources = Resources(num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker)
+        resources = Resources(
+            num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker,
+            autoscale=autoscale,
+        )  # fmt: skip
         run_job(make_task, partitions, store, resources, ray_address, as_json, quiet=quiet, with_summary=False)
         ids = {p.partition_id for p in partitions}
         results = results_of(store, [r.data for r in store.completions() if r.partition_id in ids], metric)

@@ -22,11 +22,20 @@ class Resources:
         num_workers: actors in the pool; 0 chooses from the cluster.
         cpus_per_worker: CPUs, and threads for the networks.
         gpus_per_worker: GPUs, fractions allowed; 0 runs on CPUs.
+        autoscale: ask for ``num_workers`` whatever the cluster has now: its autoscaler brings nodes for them.
+
+    Raises:
+        ValueError: autoscale without a number of workers.
     """
 
     num_workers: int = 0
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
+    autoscale: bool = False
+
+    def __post_init__(self) -> None:
+        if self.autoscale and not self.num_workers:
+            raise ValueError("--autoscale needs --num-workers: how many workers the cluster shall grow to")
 
 
 class ResourceError(ValueError):
@@ -53,11 +62,13 @@ def init_ray(address: str | None = None, num_cpus: int | None = None) -> None:
 
 
 def pool_size(resources: Resources, num_partitions: int) -> int:
-    """How many workers to start on the cluster as it is now.
+    """How many workers to start on the cluster: as it is now, unless its autoscaler is to bring nodes for them.
 
     Raises:
         ResourceError: it cannot hold one, or not as many as are asked for.
     """
+    if resources.autoscale:
+        return min(resources.num_workers, num_partitions)
     cluster = ray.cluster_resources()
     cpus, gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
     if resources.gpus_per_worker > gpus:
