@@ -19,6 +19,7 @@ LEVELS = {
     "left": "cross",
     "larger": "cross",
 }
+_COLUMNS = "abcdefghijkl"
 _APART = 0.12  # how far apart, in fractions of the side, left and right have to be to be asked for
 
 
@@ -58,12 +59,19 @@ def scene_questions(scene: Scene, with_kind: bool = True, draw: int = 0) -> list
     return [Question(key=scene.key, question=q, answers=(a,), type=t, level=LEVELS[t]) for t, q, a in asked]
 
 
-def left_questions(scene: Scene, limit: int) -> list[Question]:
-    """Whether one object is left of another, for up to ``limit`` pairs in either order: what is learned last."""
-    rng = random.Random(scene.seed + "/left")
+def place_questions(scene: Scene, limit: int) -> list[Question]:
+    """For training: in which of twelve columns an object is, and whether one is left of another, what is learned last.
+
+    At most ``limit`` of either; the columns are a to l. SceneQA itself does not ask for them.
+    """
+    rng = random.Random(scene.seed + "/places")
     unique = scene.unique_things()
     pairs = [(a, b) for a in unique for b in unique if abs(a.x - b.x) > _APART]
-    return [_left(scene, a, b) for a, b in rng.sample(pairs, min(limit, len(pairs)))]
+    places = [
+        Question(key=scene.key, question=f"Where is the {a.name}?", answers=(_COLUMNS[int(a.x * len(_COLUMNS))],))
+        for a in rng.sample(unique, min(limit, len(unique)))
+    ]
+    return places + [_left(scene, a, b) for a, b in rng.sample(pairs, min(limit, len(pairs)))]
 
 
 def caption(scene: Scene, with_kind: bool = True) -> str:

@@ -140,7 +140,7 @@ class VlmTrainConfig(Schedule):
     Attributes:
         hidden, layers, heads, intermediate: of the Llama.
         draws: how often questions are drawn for an image; a draw has one question a type.
-        left_questions: so many further questions an image whether one object is left of another.
+        place_questions: so many further questions an image where an object is, and whether it is left of another.
         tower_lr_factor: on the learning rate, for the image tower; 0 freezes it.
         dense_weight: of the patches' loss (what is in this patch) beside that of the answers.
         data: scenes.
@@ -151,7 +151,7 @@ class VlmTrainConfig(Schedule):
     heads: int = 6
     intermediate: int = 512
     draws: int = 2
-    left_questions: int = 0
+    place_questions: int = 0
     tower_lr_factor: float = 0.5
     dense_weight: float = 0.1
     data: SceneConfig = dataclasses.field(default_factory=SceneConfig)

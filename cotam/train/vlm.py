@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from cotam.mllm.tiny import half_precision, make_processor, num_image_tokens
-from cotam.sceneqa.questions import left_questions, scene_questions
+from cotam.sceneqa.questions import place_questions, scene_questions
 from cotam.sceneqa.tokenizer import ASSISTANT, BOS, EOS, IMAGE, PAD, SPECIAL_TOKENS, USER, build_tokenizer
 from cotam.tasks.questions import Question
 from cotam.train.clip import MEAN, STD, to_float
@@ -112,7 +112,7 @@ class VlmTrainer(Trainer[AnswerModel, VlmBatch]):
             tokenizer=build_tokenizer(),
             num_visual=num_image_tokens(llava),
             draws=config.draws,
-            num_left=config.left_questions,
+            num_places=config.place_questions,
         )
 
     def batches(self) -> Iterator[VlmBatch]:
@@ -145,7 +145,7 @@ class VlmTrainer(Trainer[AnswerModel, VlmBatch]):
         examples = held_out_examples(self.config.data, self.image_px)
         results: dict[str, list[bool]] = defaultdict(list)
         for k in range(0, len(examples), _EVAL_BATCH):
-            batch = self._collate(examples[k : k + _EVAL_BATCH], draws=1, num_left=0)
+            batch = self._collate(examples[k : k + _EVAL_BATCH], draws=1, num_places=0)
             logits, _, targets = self._logits(batch, self.ema)
             right = (logits.argmax(1) == targets).cpu()
             rows, columns = batch.answered.nonzero(as_tuple=True)
@@ -176,11 +176,11 @@ def export_vlm(llava: LlavaForConditionalGeneration, folder: Path) -> Path:
 
 
 def collate(
-    examples: Sequence[Example], tokenizer: Tokenizer, num_visual: int, draws: int, num_left: int = 0
+    examples: Sequence[Example], tokenizer: Tokenizer, num_visual: int, draws: int, num_places: int = 0
 ) -> VlmBatch:
-    """Pack the questions of every example behind its visual tokens: ``draws`` of each type, ``num_left`` further."""
+    """Pack the questions of every example behind its visual tokens: ``draws`` of each type, ``num_places`` further."""
     special = {token: k for k, token in enumerate(SPECIAL_TOKENS)}
-    asked = [_questions(example, draws, num_left) for example in examples]
+    asked = [_questions(example, draws, num_places) for example in examples]
     rows = []
     for questions in asked:
         ids = [special[BOS], special[USER], *[special[IMAGE]] * num_visual]
@@ -207,11 +207,11 @@ def collate(
     )
 
 
-def _questions(example: Example, draws: int, num_left: int) -> list[Question]:
+def _questions(example: Example, draws: int, num_places: int) -> list[Question]:
     by_text: dict[str, Question] = {}
     for draw in range(draws):
         for question in scene_questions(example.scene, with_kind=example.with_kind, draw=draw):
             by_text.setdefault(question.question, question)
-    for question in left_questions(example.scene, num_left):
+    for question in place_questions(example.scene, num_places):
         by_text.setdefault(question.question, question)
     return list(by_text.values())
