@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections import Counter
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -13,11 +14,12 @@ import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from cotam.store.fs import FileInfo, find_files, glob_files, one_file, split_uri
+from cotam.store.fs import FileInfo, Files, find_files, glob_files, one_file, split_uri
 from cotam.store.readers import TAR_SUFFIXES, Partition, image_column, parquet_metadata
 from cotam.store.tars import IMAGE_EXTENSIONS
 
 FILES_PER_PARTITION = 500
+_LIST_ONCE = 16
 PARQUET_PARTITION_BYTES = 128 * 2**20
 # Images that are not read: listed all the same, so that each becomes a reject instead of being passed over.
 _OTHER_EXTENSIONS = ("heic", "heif", "jp2", "jxl")
@@ -42,9 +44,14 @@ def list_partitions(source: str, wanted_image_column: str | None = None) -> list
         OSError: the storage fails.
     """
     partitions: list[Partition] = []
-    for pattern in _expand_braces(source):
+    patterns = _expand_braces(source)
+    folders = _list_once(patterns)
+    for pattern in patterns:
         fs, path = split_uri(pattern)
-        if any(c in path for c in "*?["):
+        siblings = folders.get(pattern.rpartition("/")[0])
+        if siblings is not None and path in siblings:
+            files = Files([path], siblings.__getitem__)
+        elif _has_magic(path):
             files = glob_files(fs, path)
             if not files.names:
                 raise SourceError(f"no file matches {pattern}")
@@ -65,7 +72,23 @@ def list_partitions(source: str, wanted_image_column: str | None = None) -> list
     return partitions
 
 
-def _expand_braces(source: str) -> Iterable[str]:
+def _list_once(patterns: list[str]) -> dict[str, dict[str, FileInfo]]:
+    """The files of folders of which many are named: asking for each by itself is a request a file."""
+    counts = Counter(p.rpartition("/")[0] for p in patterns if not _has_magic(p))
+    folders = {}
+    for folder, count in counts.items():
+        if folder and count > _LIST_ONCE:
+            fs, path = split_uri(folder)
+            names, info = glob_files(fs, f"{glob.escape(path)}/*")
+            folders[folder] = {name: info(name) for name in names}
+    return folders
+
+
+def _has_magic(path: str) -> bool:
+    return any(c in path for c in "*?[")
+
+
+def _expand_braces(source: str) -> list[str]:
     try:
         return list(braceexpand.braceexpand(source))
     except braceexpand.UnbalancedBracesError:

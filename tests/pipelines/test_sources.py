@@ -20,6 +20,15 @@ def test_braces_globs_and_folders_name_the_same_partitions(tmp_path: Path) -> No
     assert list_partitions(f"{tmp_path}/*.tar") == by_braces == list_partitions(str(tmp_path))
 
 
+def test_many_names_in_one_folder_are_looked_up_in_its_listing(tmp_path: Path) -> None:
+    write_webdataset(tmp_path, 30, 1)
+    named = list_partitions(f"{tmp_path}/part-{{0000..0029}}.tar")
+    assert named == list_partitions(str(tmp_path)) and len(named) == 30
+    (tmp_path / "part-0017.tar").unlink()
+    with pytest.raises(SourceError, match=r"part-0017.tar does not exist"):
+        list_partitions(f"{tmp_path}/part-{{0000..0029}}.tar")
+
+
 def test_a_changed_tar_is_a_new_partition(tmp_path: Path) -> None:
     write_webdataset(tmp_path, 2, 1)
     before = list_partitions(str(tmp_path))
