@@ -154,8 +154,8 @@ class Codec:
     ) -> QualityIndex:
         """The quality index of a uniform ``quality``, or the map of an importance map: uint8 on the latent grid.
 
-        quality_map = round and clip of quality + strength * (importance - its mean). Arguments and errors as in
-        ``encode``.
+        quality_map = quality + round and clip of strength * (importance - its mean): whole levels above and below, since
+        finer ones cost the map more than they save. Arguments and errors as in ``encode``.
         """
         check_rgb(image)
         num_levels = self.model.config.num_levels
@@ -171,8 +171,10 @@ class Codec:
         size = (-(-image.shape[0] // LATENT_STRIDE), -(-image.shape[1] // LATENT_STRIDE))
         if values.shape != size:
             values = F.interpolate(values[None, None], size=size, mode="bilinear", antialias=True)[0, 0]
-        levels = quality - 1 + strength * (values - values.mean())
-        indexes = (levels * Q_STEPS).round().clamp(0, self.model.num_q - 1).numpy().astype(np.uint8)
+        base = round((quality - 1) * Q_STEPS)
+        lowest, highest = -(base // Q_STEPS), (self.model.num_q - 1 - base) // Q_STEPS
+        levels = (strength * (values - values.mean())).round().clamp(lowest, highest)
+        indexes = (base + Q_STEPS * levels).numpy().astype(np.uint8)
         return int(indexes.flat[0]) if (indexes == indexes.flat[0]).all() else indexes
 
     def quality_and_bits(self, data: bytes) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -224,7 +226,7 @@ class Codec:
             drop_skipped(compressed.symbols[1], compressed.rows[1], NUM_SKIPPED_SCALES),
         ]
         latent_string, lanes_log2 = self._coder.encode(segments)
-        index, map_string = (q, b"") if isinstance(q, int) else (0, encode_quality_map(q, self._coder))
+        index, map_string = (q, b"") if isinstance(q, int) else encode_quality_map(q, self._coder)
         size = compressed.width, compressed.height
         return pack(Bitstream(self.model_id, *size, index, lanes_log2, map_string, latent_string))
 
@@ -328,7 +330,8 @@ class Codec:
         num_q = self.model.num_q
         if stream.map_string:
             try:
-                return decode_quality_map(stream.map_string, *_latent_size(stream), num_q, self._coder)
+                lowest, size = stream.quality_index, _latent_size(stream)
+                return decode_quality_map(lowest, stream.map_string, *size, num_q, self._coder)
             except RansError as error:
                 raise BitstreamError(f"bitstream's quality map cannot be decoded: {error}") from None
         if stream.quality_index >= num_q:
