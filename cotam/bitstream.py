@@ -34,8 +34,9 @@ class ModelMismatchError(BitstreamError):
 class Bitstream(NamedTuple):
     """The parts of one encoded image.
 
-    model_id: 4 bytes; width, height: in pixels; quality_index: of a uniform map, or the lowest of a map; lanes_log2: in [0, 3];
-    map_string: the coded quality map, empty for a uniform one; latent_string: z, then both halves of y.
+    model_id: 4 bytes; width, height: in pixels; quality_index: of a uniform map, or the lowest of a map;
+    lanes_log2: in [0, 3]; map_string: the coded quality map, empty for a uniform one; latent_string: z, then both
+    halves of y.
     """
 
     model_id: bytes

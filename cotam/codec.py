@@ -154,8 +154,8 @@ class Codec:
     ) -> QualityIndex:
         """The quality index of a uniform ``quality``, or the map of an importance map: uint8 on the latent grid.
 
-        quality_map = quality + round and clip of strength * (importance - its mean): whole levels above and below, since
-        finer ones cost the map more than they save. Arguments and errors as in ``encode``.
+        quality_map = quality + round and clip of strength * (importance - its mean): whole levels above and below,
+        since finer ones cost the map more than they save. Arguments and errors as in ``encode``.
         """
         check_rgb(image)
         num_levels = self.model.config.num_levels

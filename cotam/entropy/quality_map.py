@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from cotam.entropy.rans import RansCoder, RansError
 from cotam.entropy.tables import NUM_SCALES, scales
 
-
 _STEP_SHIFT = 6
 _MAX_STEP_LOG2 = 3
 
