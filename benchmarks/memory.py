@@ -22,6 +22,7 @@ import psutil
 
 from benchmarks.images import load_images
 from cotam.image import encode_image
+from cotam.memory import return_freed_memory
 from cotam.store.records import RunStore
 from pipelines.encode import EncodeConfig, EncodeTask
 from pipelines.sources import list_partitions
@@ -75,6 +76,7 @@ def main() -> None:
             memory.take()
             record = task.process(partition, RunStore(f"{folder}/out"), lambda counts: None)
             peaks.append(memory.take())
+            return_freed_memory()  # as a worker does
             num_images += record.num_rows
             tar.unlink()
         seconds = time.perf_counter() - started

@@ -23,3 +23,9 @@ def keep_freed_memory() -> None:
         assert libc.gnu_get_libc_version  # AttributeError elsewhere, where the numbers may mean something else
         libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES)
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+def return_freed_memory() -> None:
+    """Give back what was kept, between two partitions: else fragments add up to the limit over hours."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -26,6 +26,7 @@ from ray.data import ActorPoolStrategy
 from ray.exceptions import ObjectLostError
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
+from cotam.memory import return_freed_memory
 from cotam.store.fs import is_transient
 from cotam.store.readers import Partition, partition_from_dict
 from cotam.store.records import Completion, RunStore
@@ -207,6 +208,7 @@ class _Worker:
         partitions = [partition_from_dict(values) for values in json.loads(str(batch["partitions"][0]))]
         for partition in partitions:
             self._settle(partition)
+            return_freed_memory()
             self._progress.add({}, 1)
         self._progress.flush()
         return {"partition_id": [partition.partition_id for partition in partitions]}
