@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--curves", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="cotam-base")
-    parser.add_argument("--qualities", default="1,2,3,4,5,6")
+    parser.add_argument("--qualities", default="1,2,3,4,5,6,7")
     arguments = parser.parse_args()
     codec = Codec.load(arguments.model)
     images = sorted(arguments.images.glob("*.png"))

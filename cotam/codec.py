@@ -18,6 +18,7 @@ from cotam.entropy.quality_map import decode_quality_map, encode_quality_map
 from cotam.entropy.rans import RansCoder, RansDecoder, RansError
 from cotam.entropy.skip import drop_skipped, restore_skipped
 from cotam.image import MAX_PIXELS, RGBImage, check_rgb
+from cotam.importance import DEFAULT_STRENGTH
 from cotam.memory import keep_freed_memory
 from cotam.models.codec_model import HYPER_STRIDE, Q_STEPS, CodecModel
 from cotam.models.entropy_model import NUM_SKIPPED_SCALES, gaussian_bits, scale_of_index
@@ -96,7 +97,7 @@ class Codec:
         image: RGBImage,
         quality: float = 4.0,
         importance: NDArray[np.floating] | None = None,  # type: ignore[type-arg]
-        strength: float = 2.0,
+        strength: float = DEFAULT_STRENGTH,
     ) -> bytes:
         """Encode one image.
 
@@ -125,7 +126,7 @@ class Codec:
         images: Sequence[RGBImage],
         quality: float = 4.0,
         importances: Sequence[NDArray[np.floating] | None] | None = None,  # type: ignore[type-arg]
-        strength: float = 2.0,
+        strength: float = DEFAULT_STRENGTH,
         executor: Executor | None = None,
     ) -> list[bytes]:
         """Encode images of mixed sizes; as ``encode``, in the order of ``images``.
@@ -154,15 +155,16 @@ class Codec:
     ) -> QualityIndex:
         """The quality index of a uniform ``quality``, or the map of an importance map: uint8 on the latent grid.
 
-        quality_map = quality + round and clip of strength * (importance - its mean): whole levels above and below,
-        since finer ones cost the map more than they save. Arguments and errors as in ``encode``.
+        quality_map = round and clip of quality + strength * (importance - its mean), to whole levels, since finer ones
+        cost the map more than they save. Arguments and errors as in ``encode``.
         """
         check_rgb(image)
         num_levels = self.model.config.num_levels
         if not 1 <= quality <= num_levels:
             raise ValueError(f"quality {quality} is outside [1, {num_levels}]")
+        uniform = round((quality - 1) * Q_STEPS)
         if importance is None or strength == 0:
-            return round((quality - 1) * Q_STEPS)
+            return uniform
         values = torch.as_tensor(np.asarray(importance, dtype=np.float32))
         if values.ndim != 2 or values.numel() == 0 or not bool(((values >= 0) & (values <= 1)).all()):
             raise ValueError("importance must be a 2-D map of values in [0, 1]")
@@ -171,11 +173,9 @@ class Codec:
         size = (-(-image.shape[0] // LATENT_STRIDE), -(-image.shape[1] // LATENT_STRIDE))
         if values.shape != size:
             values = F.interpolate(values[None, None], size=size, mode="bilinear", antialias=True)[0, 0]
-        base = round((quality - 1) * Q_STEPS)
-        lowest, highest = -(base // Q_STEPS), (self.model.num_q - 1 - base) // Q_STEPS
-        levels = (strength * (values - values.mean())).round().clamp(lowest, highest)
-        indexes = (base + Q_STEPS * levels).numpy().astype(np.uint8)
-        return int(indexes.flat[0]) if (indexes == indexes.flat[0]).all() else indexes
+        levels = (quality - 1 + strength * (values - values.mean())).round().clamp(0, num_levels - 1)
+        indexes = (levels * Q_STEPS).numpy().astype(np.uint8)
+        return uniform if (indexes == indexes.flat[0]).all() else indexes
 
     def quality_and_bits(self, data: bytes) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Where the bits of a bitstream go.

@@ -38,7 +38,7 @@ class CodecConfig:
     N: int = 192
     N_z: int = 128
     N_hyper: int = 192
-    lmbdas: tuple[float, ...] = (0.0006, 0.0013, 0.0028, 0.0060, 0.0130, 0.0280, 0.0600, 0.1300)
+    lmbdas: tuple[float, ...] = (0.00005, 0.00014, 0.00038, 0.00104, 0.00286, 0.00786, 0.0216, 0.0594)
 
     def __post_init__(self) -> None:
         if self.backbone not in BACKBONES:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-DEFAULT_STRENGTH = 2.0
+DEFAULT_STRENGTH = 4.0
 QUERIES = ("class", "all")
 
 

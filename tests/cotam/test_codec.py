@@ -178,7 +178,7 @@ def test_quality_buys_fidelity_with_bytes(codec: Codec, photos: dict[str, RGBIma
         psnrs = [_psnr(codec.decode(s), image[:144, :144]) for s in strings]
         assert num_bytes == sorted(set(num_bytes))
         assert psnrs == sorted(psnrs)
-        assert psnrs[4] > 27
+        assert psnrs[6] > 27
 
 
 def test_importance_moves_bits_to_where_it_is(codec: Codec, photos: dict[str, RGBImage]) -> None:
