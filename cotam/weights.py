@@ -30,7 +30,7 @@ FORMAT = "cotam-codec/1"
 # Packaged weights by name: the sha256 of cotam/packaged/{name}.safetensors.
 PACKAGED: dict[str, str] = {
     "cotam-adapter-tiny": "45eebc52587176fcba6323f3140f61dab982052fc0a86727013d77cbfdaf7049",
-    "cotam-base": "4f2d070254663bb9743f9633bbc03500552fce01e509ad194c1baddd63e41b23",
+    "cotam-base": "2ecb105185782c3efa965b35981f82ed0ef6aa6e43e4943f83dccbc4c3730624",
 }
 # Packaged folders by name: the sha256 of the weights in cotam/packaged/{name}.
 PACKAGED_FOLDERS: dict[str, tuple[str, str]] = {

@@ -94,6 +94,7 @@ class IntConv2d(nn.Module):
             # frexp is exact, so every machine derives the same e: peak / 127.5 = m * 2^e with m in [0.5, 1). Then the
             # largest integer is in [64, 127], and quantising the integers times 2^e once more gives the same integers.
             exponent = torch.frexp(peak / (ACTIVATION_MAX + 0.5)).exponent.clamp(MIN_EXPONENT, MAX_EXPONENT)
+            exponent = exponent.where(peak > 0, MIN_EXPONENT)  # weights too small for any integer come back as zeros
             scale = torch.ldexp(torch.ones_like(peak), exponent)
         weight = round_ste(self.weight * self.unit / scale[:, None, None, None])
         return Integers(weight, round_ste(self.bias * BIAS_UNIT / scale), round_ste(self.gain / scale), scale)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
@@ -113,3 +114,15 @@ def test_damaged_packaged_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_unknown_names_are_file_not_found(name: str) -> None:
     with pytest.raises(FileNotFoundError):
         read_weights(name)
+
+
+def test_channels_whose_weights_are_too_small_for_integers_come_back() -> None:
+    model = CodecModel(CodecConfig(M=32, N8=8, N16=16, N_z=8, N_hyper=16))
+    layer = model.entropy_parameters.h_s.coarse
+    with torch.no_grad():
+        layer.weight[0], layer.bias[0] = 1e-7, 2.0**-14  # a bias of one integer beside weights of none
+    loaded = parse_codec(dump_codec(model), "codec").model
+    for ours, theirs in zip(
+        layer.frozen_integers(), loaded.entropy_parameters.h_s.coarse.frozen_integers(), strict=True
+    ):
+        assert torch.equal(ours, theirs)
