@@ -40,7 +40,7 @@ PACKAGED_FOLDERS: dict[str, tuple[str, str]] = {
     ),
     "cotam-vlm-tiny": (
         "model.safetensors",
-        "47bf95f4b02e1861b65bd0ba579b2e72a983fe3f14d4ed3a9dedc705aa17900d",
+        "36ec62f32e0a89af03df0a7c529770ea8369e5454ba39cefe8c685048f0982b1",
     ),
 }
 _MAX_FILE_BYTES = 2**30
