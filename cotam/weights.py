@@ -29,7 +29,7 @@ from cotam.store.fs import split_uri
 FORMAT = "cotam-codec/1"
 # Packaged weights by name: the sha256 of cotam/packaged/{name}.safetensors.
 PACKAGED: dict[str, str] = {
-    "cotam-adapter-tiny": "45eebc52587176fcba6323f3140f61dab982052fc0a86727013d77cbfdaf7049",
+    "cotam-adapter-tiny": "67a51070a3e9cd9fafd9bab0c4de96d29c86c9325159a8b50d995209aecd3462",
     "cotam-base": "2ecb105185782c3efa965b35981f82ed0ef6aa6e43e4943f83dccbc4c3730624",
 }
 # Packaged folders by name: the sha256 of the weights in cotam/packaged/{name}.
