@@ -21,7 +21,7 @@ from torch import Tensor
 from cotam.adapter import load_adapter
 from cotam.codec import Codec
 from cotam.image import RGBImage
-from cotam.importance import Attention
+from cotam.importance import DEFAULT_STRENGTH, Attention
 from cotam.importance.estimate import ImportanceEstimator
 from cotam.importance.tower import AttentionTower
 from cotam.losses import token_distance
@@ -30,13 +30,13 @@ from cotam.mllm.transformers import LlavaMllm, adding_tokens
 from cotam.sceneqa.render import render
 from cotam.sceneqa.scene import sample_scene
 
-QUALITIES = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
+QUALITIES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scenes", type=int, default=64)
-    parser.add_argument("--strength", type=float, default=2.0)
+    parser.add_argument("--strength", type=float, default=DEFAULT_STRENGTH)
     parser.add_argument("--mllm", default="cotam-vlm-tiny")
     parser.add_argument("--adapter", default="cotam-adapter-tiny")
     parser.add_argument("--out", type=Path, default=Path("docs/features"))
@@ -90,7 +90,7 @@ def plot(rows: list[dict]) -> Figure:
     left.set(xlabel="bits per pixel", ylabel="relative distance of the features that the MLLM reads", yscale="log")
     left.legend(fontsize=8)
     for r in rows:
-        if not r["guided"] and r["quality"] in (1.0, 3.0, 5.0):
+        if not r["guided"] and r["quality"] in (1.0, 2.0, 4.0):
             style = "-" if r["input"] == "pixels" else "--"
             layers = np.arange(len(r["distances"]))
             right.plot(layers, r["distances"], style, marker="o", label=f"{r['bpp']:.2f} bpp, {r['input']}")

@@ -15,10 +15,10 @@ import typer
 from jobs.console import say
 from jobs.options import Model
 
-_QUALITIES = (2.0, 4.0, 6.0)
-_SHOWN_QUALITY = 4.0
+_QUALITIES = (4.0, 5.0, 6.0)
+_SHOWN_QUALITY = 5.0
 _NUM_SCENES = 60
-_SCENE_QUALITY = 2.0
+_SCENE_QUALITY = 3.0
 # Photographs in scikit-image and scikit-learn, with the captions of the demo's corpus.
 _PHOTOGRAPHS = {
     "skimage/data/astronaut.png": "an astronaut in an orange suit in front of a flag",
@@ -97,7 +97,7 @@ def _ask_about_scenes(out: Path, model: str) -> list[str]:
     infer(encoded, answers)
     say("\nThe same at other qualities, uniform, and with other codecs:")
     compared = str(out / "scenes-sweep")
-    sweep(scenes, compared, qualities="1,2,4", inputs="pixels", codecs="jpeg,webp", codec_qualities="3,15,50")
+    sweep(scenes, compared, qualities="1,2,3", inputs="pixels", codecs="jpeg,webp", codec_qualities="3,15,50")
     results = RunStore(compared).root.read_json("results.json")
     return [*scene_parts(encoded, answers, out), *sweep_parts(results)]
 

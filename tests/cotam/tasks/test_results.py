@@ -40,11 +40,14 @@ def test_the_blind_baseline_knows_the_questions_and_nothing_of_the_answer_it_gue
     rows = []
     for k in range(20):
         rows.append(row(str(k), 1.0, question="Is it day?", answers=["yes" if k < 14 else "no"]))
+        if k % 2:
+            rows.append(row(str(k), 1.0, type="kind", question="What kind?", answers=["beach"]))
         rows.append(row(str(k), 1.0, type="read", level="low", question=f"Sign {k}?", answers=[str(k)]))
     summary = summarise(rows, "exact_match")
     assert summary["by_type"]["exists"]["blind"] == pytest.approx(0.7)
     assert summary["by_type"]["read"]["blind"] == summary["by_level"]["low"]["blind"] == 0
-    assert summary["overall"]["blind"] == pytest.approx(0.35)
+    assert summary["by_type"]["kind"]["blind"] == 1  # images that alternate between kinds are in both halves
+    assert summary["overall"]["blind"] == pytest.approx((14 + 10) / 50)
 
 
 def test_the_interval_of_a_mean_covers_it_when_an_images_questions_stand_or_fall_together() -> None:
