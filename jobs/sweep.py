@@ -42,7 +42,7 @@ def sweep(
     ] = f"0,{DEFAULT_STRENGTH:g}",
     inputs: Annotated[str, typer.Option(help="pixels, tokens, or both.")] = "pixels,tokens",
     codecs: Annotated[str, typer.Option(help="Codecs to compare with; empty for none.")] = _DEFAULT_BASELINES,
-    codec_qualities: Annotated[str, typer.Option(help="Their qualities.")] = "3,8,15,30,50,75",
+    codec_qualities: Annotated[str, typer.Option(help="Their qualities.")] = "1,5,15,35,60",
     mllm: Mllm = "cotam-vlm-tiny",
     adapter: Adapter = "cotam-adapter-tiny",
     model: Model = "cotam-base",

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from cotam.report.page import plot, table
 from cotam.store.records import RunStore
@@ -137,6 +138,9 @@ def _plot(axes: Axes, curves: Mapping[str, Any], original: Mapping[str, float] |
     if original is not None:
         axes.axhline(original[what], color="black", linewidth=0.8, linestyle=":", label="original")
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("bits per pixel")
     axes.grid(alpha=0.3)
 
