@@ -36,7 +36,7 @@ def sweep(
     task: Annotated[
         str, typer.Option(help="Questions: a .jsonl or .parquet file, member:NAME of the samples, or sceneqa.")
     ] = "sceneqa",
-    qualities: Annotated[str, typer.Option(help="Qualities of the codec.")] = "1,2,3,4,5,6",
+    qualities: Annotated[str, typer.Option(help="Qualities of the codec.")] = "1,1.5,2,3,4,5",
     strengths: Annotated[
         str, typer.Option(help="Strengths of the importance map; 0 is uniform.")
     ] = f"0,{DEFAULT_STRENGTH:g}",
