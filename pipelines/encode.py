@@ -16,9 +16,10 @@ from cotam.importance.source import from_member
 from cotam.store.readers import Partition, member_types, read_partition
 from cotam.store.records import Completion, RunStore
 from cotam.store.schema import SCHEMA_VERSION, Row
-from cotam.store.shard import RejectWriter, ShardWriter, file_sha256
+from cotam.store.shard import RejectWriter, ShardWriter
 from cotam.stream import Steering, encode_stream
 from pipelines.counter import Counter, Report
+from pipelines.publish import publish_shard
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,12 +100,7 @@ class EncodeTask:
                     else:
                         rejects.write(item if self._config.keep_rejects else dataclasses.replace(item, image=None))
                         counts.reject(item)
-            with times.measure("write"):
-                rejects.publish(store.root, partition.partition_id)
-                sha256, num_bytes = file_sha256(shard), shard.stat().st_size
-                path = f"data/{partition.partition_id}.parquet"
-                store.root.publish(shard, path)
-        return counts.completion(path, num_bytes, sha256)
+            return publish_shard(store, partition, shard, rejects, counts)
 
 
 def _steering(config: EncodeConfig, device: str) -> Steering | None:

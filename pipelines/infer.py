@@ -23,12 +23,13 @@ from cotam.store.fs import Root
 from cotam.store.readers import Partition, read_partition
 from cotam.store.records import Completion, RunStore
 from cotam.store.schema import Reject, Sample
-from cotam.store.shard import RejectWriter, file_sha256, read_rows
+from cotam.store.shard import RejectWriter, read_rows
 from cotam.stream import decode_stream, ordered_map, prefetch
 from cotam.tasks.questions import Question, QuestionSource
 from cotam.tasks.results import PREDICTION_SCHEMA
 from cotam.tasks.scores import SCORES
 from pipelines.counter import Counter, Report
+from pipelines.publish import publish_shard
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,12 +119,7 @@ class InferTask:
                         rows = ask(self._mllm, asked, self._config.metric)
                     if rows:
                         writer.write_table(pa.Table.from_pylist(rows, PREDICTION_SCHEMA))
-            with times.measure("write"):
-                rejects.publish(store.root, partition.partition_id)
-                sha256, num_bytes = file_sha256(path), path.stat().st_size
-                target = f"data/{partition.partition_id}.parquet"
-                store.root.publish(path, target)
-        return counts.completion(target, num_bytes, sha256)
+            return publish_shard(store, partition, path, rejects, counts)
 
     def _views(self, partition: Partition, times: StageTimes) -> Iterator[View | Reject]:
         if partition.kind != "shard":

@@ -24,7 +24,7 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy
 from ray.exceptions import ObjectLostError
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
 from cotam.memory import return_freed_memory
 from cotam.store.fs import is_transient
@@ -216,28 +216,28 @@ class _Worker:
     def _settle(self, partition: Partition) -> None:
         """Process a partition, unless that has been done since the job began, and record what comes of it."""
         store, name = self._store, partition.partition_id
-        if store.is_complete(name):
+        retrying = Retrying(
+            retry=retry_if_exception(is_transient),
+            stop=stop_after_attempt(_SOURCE_ATTEMPTS),
+            wait=wait_exponential_jitter(initial=1, max=30, jitter=3),
+            before_sleep=lambda failed: self._events.retried(partition, failed),
+            reraise=True,
+        )
+        if retrying(store.is_complete, name):
             return
-        num_deaths = store.count_attempt(name)
+        num_deaths = retrying(store.count_attempt, name)
         if num_deaths >= _WORKER_ATTEMPTS:
             error = f"{_WORKER_ATTEMPTS} workers died on it; left alone until the next run"
-            store.fail(name, partition.source, error)
+            retrying(store.fail, name, partition.source, error)
             self._events.abandoned(partition, error)
             return
         self._events.started(partition, num_deaths)
         try:
-            retrying = Retrying(
-                retry=retry_if_exception(is_transient),
-                stop=stop_after_attempt(_SOURCE_ATTEMPTS),
-                wait=wait_random_exponential(multiplier=1, max=30),
-                before_sleep=lambda failed: self._events.retried(partition, failed),
-                reraise=True,
-            )
             record = retrying(self._process, partition)
-            store.complete(record)
+            retrying(store.complete, record)
             self._events.completed(partition, record)
         except Exception as error:  # one partition's failure is recorded and never stops the others
-            store.fail(name, partition.source, _one_line(error))
+            retrying(store.fail, name, partition.source, _one_line(error))
             self._events.failed(partition, _one_line(error))
 
     def _process(self, partition: Partition) -> Completion:

@@ -27,12 +27,13 @@ from cotam.stage_times import StageTimes
 from cotam.store.readers import Partition, read_partition
 from cotam.store.records import Completion, RunStore
 from cotam.store.schema import Reject
-from cotam.store.shard import RejectWriter, file_sha256
+from cotam.store.shard import RejectWriter
 from cotam.tasks.questions import Question, QuestionSource
 from cotam.tasks.results import PREDICTION_SCHEMA
 from cotam.tasks.scores import SCORES
 from pipelines.counter import Counter, Report
 from pipelines.infer import View, ask, read_views, with_questions
+from pipelines.publish import publish_shard
 
 ORIGINAL = "original"
 _CHUNK_IMAGES = 16
@@ -145,12 +146,7 @@ class SweepTask:
                         writer.write_table(table)
                     for view, _ in asked:
                         counts.image(view.pixels.size // 3, view.source_num_bytes, view.num_bytes)
-            with times.measure("write"):
-                rejects.publish(store.root, partition.partition_id)
-                sha256, num_bytes = file_sha256(path), path.stat().st_size
-                target = f"data/{partition.partition_id}.parquet"
-                store.root.publish(path, target)
-        return counts.completion(target, num_bytes, sha256)
+            return publish_shard(store, partition, path, rejects, counts)
 
     def _measure(self, asked: list[tuple[View, list[Question]]], times: StageTimes) -> Iterator[pa.Table]:
         views, questions = zip(*asked, strict=True)

@@ -1,0 +1,22 @@
+"""Publishing what a task has made of a partition."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cotam.store.readers import Partition
+from cotam.store.records import Completion, RunStore
+from cotam.store.shard import RejectWriter, file_sha256
+from pipelines.counter import Counter
+
+
+def publish_shard(
+    store: RunStore, partition: Partition, shard: Path, rejects: RejectWriter, counts: Counter
+) -> Completion:
+    """Publish the rejects, then the finished Parquet file ``shard``. Returns the completion record, not yet written."""
+    with counts.times.measure("write"):
+        rejects.publish(store.root, partition.partition_id)
+        sha256, num_bytes = file_sha256(shard), shard.stat().st_size
+        target = f"data/{partition.partition_id}.parquet"
+        store.root.publish(shard, target)
+    return counts.completion(target, num_bytes, sha256)
