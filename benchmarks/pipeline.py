@@ -23,7 +23,8 @@ import torch
 
 from cotam.codec import Codec
 from cotam.image import ImageError, decode_image
-from cotam.store.readers import Partition, read_partition
+from cotam.store.partitions import Partition, Partitions
+from cotam.store.readers import read_partition
 from cotam.store.records import RunStore
 from cotam.store.schema import Sample
 from pipelines.cluster import Resources, init_ray
@@ -73,7 +74,7 @@ def pipeline(partitions: list[Partition], num_workers: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         store, began = RunStore(folder), time.time()
         task = partial(EncodeTask, EncodeConfig(), "", "cpu", 1)
-        summary = run_partitions(task, partitions, store, Resources(num_workers=num_workers))
+        summary = run_partitions(task, Partitions.of(partitions), store, Resources(num_workers=num_workers))
         records = list(store.completions())
         ends = {
             r.partition_id: (Path(folder) / f"_cotam/completed/{r.partition_id}.json").stat().st_mtime for r in records
@@ -99,7 +100,7 @@ def main() -> None:
     parser.add_argument("source")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     arguments = parser.parse_args()
-    partitions = list_partitions(arguments.source)
+    partitions = list(list_partitions(arguments.source))
     cores = os.cpu_count() or 1
     init_ray(num_cpus=max(*arguments.workers, cores) + 1)
     alone = facade(partitions, cores)

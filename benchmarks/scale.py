@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from cotam.store.readers import Partition
+from cotam.store.partitions import Partition
 from cotam.store.records import Completion, RunStore
 from pipelines.counter import Counter, Report
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
-from cotam.store.readers import Partition
+from cotam.store.partitions import Partitions
 from cotam.store.records import RunStore
 from jobs.console import Incomplete, megabytes, partition_progress, print_json, say
 from pipelines.cluster import Resources, init_ray
@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 def run_job(
     make_task: Callable[[], PartitionTask],
-    partitions: list[Partition],
+    partitions: Partitions,
     store: RunStore,
     resources: Resources,
     ray_address: str | None,
@@ -36,8 +36,7 @@ def run_job(
     """
     log = LogConfig.from_environment()
     log.start_in_driver()
-    done = store.completed_ids()
-    num_pending = sum(p.partition_id not in done for p in partitions)
+    num_pending = len(partitions.without(store.completed_ids()))
     if num_pending:
         init_ray(ray_address)
     uri = store.root.uri

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from cotam.stage_times import StageTimes
-from cotam.store.readers import Partition
+from cotam.store.partitions import Partition
 from cotam.store.records import Completion
 from cotam.store.schema import Reject, Row
 from pipelines.logs import log_event

@@ -19,7 +19,7 @@ from cotam.codec import Codec
 from cotam.image import MAX_PIXELS, encode_image
 from cotam.stage_times import StageTimes
 from cotam.store.fs import Root
-from cotam.store.readers import Partition
+from cotam.store.partitions import Partition, Partitions
 from cotam.store.records import Completion, RunStore, StoreError
 from cotam.store.schema import Reject, Row
 from cotam.store.shard import RejectWriter, file_sha256, read_rows
@@ -52,7 +52,7 @@ class DecodeConfig:
             raise ValueError(f"format {self.format!r} is none of {', '.join(FORMATS)}")
 
 
-def list_shards(source: RunStore) -> list[Partition]:
+def list_shards(source: RunStore) -> Partitions:
     """The finished shards of an encoded store, as partitions.
 
     Raises:
@@ -64,7 +64,7 @@ def list_shards(source: RunStore) -> list[Partition]:
         raise StoreError(f"{source.root.uri} has no manifest: not the output of `cotam encode`") from None
     if kind != "encode":
         raise StoreError(f"{source.root.uri} is the output of `cotam {kind}`, not of `cotam encode`")
-    return [
+    return Partitions.of(
         Partition(
             partition_id=record.partition_id,
             kind="shard",
@@ -73,7 +73,7 @@ def list_shards(source: RunStore) -> list[Partition]:
             num_bytes=record.data_num_bytes or 0,
         )
         for record in source.completions()
-    ]
+    )
 
 
 class DecodeTask:

@@ -13,7 +13,8 @@ from cotam.codec import Codec
 from cotam.image import MAX_PIXELS
 from cotam.importance import DEFAULT_STRENGTH, Attention
 from cotam.importance.source import from_member
-from cotam.store.readers import Partition, member_types, read_partition
+from cotam.store.partitions import Partition
+from cotam.store.readers import member_types, read_partition
 from cotam.store.records import Completion, RunStore
 from cotam.store.schema import SCHEMA_VERSION, Row
 from cotam.store.shard import RejectWriter, ShardWriter

@@ -7,7 +7,7 @@ import logging
 
 from tenacity import RetryCallState
 
-from cotam.store.readers import Partition
+from cotam.store.partitions import Partition
 from cotam.store.records import Completion
 from pipelines.logs import log_event
 from pipelines.metrics import metrics_of

@@ -20,7 +20,8 @@ from cotam.image import MAX_PIXELS, ImageError, RGBImage, decode_image
 from cotam.mllm.backend import Asked, Mllm, MllmConfig, MllmError, load_mllm
 from cotam.stage_times import StageTimes
 from cotam.store.fs import Root
-from cotam.store.readers import Partition, read_partition
+from cotam.store.partitions import Partition
+from cotam.store.readers import read_partition
 from cotam.store.records import Completion, RunStore
 from cotam.store.schema import Reject, Sample
 from cotam.store.shard import RejectWriter, read_rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cotam.store.readers import Partition
+from cotam.store.partitions import Partition
 from cotam.store.records import Completion, RunStore
 from cotam.store.shard import RejectWriter, file_sha256
 from pipelines.counter import Counter

@@ -13,13 +13,13 @@ are recognised by their completion records.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
+import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy
@@ -28,7 +28,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_expo
 
 from cotam.memory import return_freed_memory
 from cotam.store.fs import is_transient
-from cotam.store.readers import Partition, partition_from_dict
+from cotam.store.partitions import Partition, Partitions, difference
 from cotam.store.records import Completion, RunStore
 from cotam.store.storage_options import storage_configuration, use_storage_configuration
 from pipelines.cluster import Resources, pool_size
@@ -36,9 +36,9 @@ from pipelines.counter import Counts, Report
 from pipelines.events import PartitionEvents
 from pipelines.progress import OnProgress, Progress, Reporter, polling
 
-_TASKS_PER_WAVE = 250  # what the driver holds at a time
-_TASKS_PER_WORKER = 16  # at least so many, while there are partitions enough: no worker idles long at the end
-_PARTITIONS_PER_TASK = 64  # at most: a task of Ray Data costs the driver some 10 ms
+_TASKS_PER_WAVE = 250  # what the driver holds at a time, or
+_TASKS_PER_WORKER = 16  # if that is more: so many at least, while there are partitions, and no worker idles for long
+_PARTITIONS_PER_TASK = 256  # at most: a task of Ray Data costs the driver some 10 ms and 15 kB
 _WORKER_ATTEMPTS = 3  # a partition that takes down this many workers is left alone
 _SOURCE_ATTEMPTS = 3
 
@@ -101,7 +101,7 @@ class JobSummary:
 
 def run_partitions(
     make_task: Callable[[], PartitionTask],
-    partitions: list[Partition],
+    partitions: Partitions,
     store: RunStore,
     resources: Resources,
     on_progress: OnProgress | None = None,
@@ -120,12 +120,10 @@ def run_partitions(
         RuntimeError: round after round no partition gets to an outcome.
     """
     started = time.monotonic()
-    done = store.completed_ids()
-    pending = [p for p in partitions if p.partition_id not in done]
+    pending = partitions.without(store.completed_ids())
     num_skipped = len(partitions) - len(pending)
-    del done
-    if pending:
-        store.forget_attempts({p.partition_id for p in pending})
+    if len(pending):
+        store.forget_attempts(pending.ids)
         progress = Progress.remote()  # type: ignore[attr-defined]  # added by ray.remote
         with polling(progress, on_progress):
             _run_rounds(make_task, pending, store.root.uri, resources, progress)
@@ -134,19 +132,19 @@ def run_partitions(
 
 def _run_rounds(
     make_task: Callable[[], PartitionTask],
-    pending: list[Partition],
+    pending: Partitions,
     store_uri: str,
     resources: Resources,
     progress: Any,
 ) -> None:
     futile = 0
     per_task = _PARTITIONS_PER_TASK
-    while pending:
+    while len(pending):
         workers = pool_size(resources, len(pending))
         per_task = max(1, min(per_task, len(pending) // (_TASKS_PER_WORKER * workers)))
-        settled: set[str] = set()
-        for wave in _chunks(pending, per_task * _TASKS_PER_WAVE):
-            settled |= _run_wave(make_task, list(_chunks(wave, per_task)), store_uri, resources, workers, progress)
+        settled = []
+        for wave in pending.chunks(per_task * max(_TASKS_PER_WAVE, _TASKS_PER_WORKER * workers)):
+            settled += _run_wave(make_task, list(wave.chunks(per_task)), store_uri, resources, workers, progress)
         # A poisonous partition kills its worker in _WORKER_ATTEMPTS rounds and is given up in the next one.
         futile = 0 if settled else futile + 1
         if futile > _WORKER_ATTEMPTS:
@@ -154,39 +152,39 @@ def _run_rounds(
                 "no partition gets to an end, neither done nor failed: is the store away, or are workers killed for"
                 " their memory? Ray's logs and the workers' say more"
             )
-        pending = [p for p in pending if p.partition_id not in settled]
+        pending = pending.without(pa.chunked_array(settled, pa.string()))
         per_task = 1  # what takes down workers takes nothing else with it
 
 
 def _run_wave(
     make_task: Callable[[], PartitionTask],
-    tasks: list[list[Partition]],
+    tasks: list[Partitions],
     store_uri: str,
     resources: Resources,
     num_workers: int,
     progress: Any,
-) -> set[str]:
+) -> list[pa.Array]:
     """Ids of the partitions whose outcome is in the store; those of lost tasks are missing."""
-    rows = [{"partitions": json.dumps([dataclasses.asdict(p) for p in task])} for task in tasks]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    dataset = ray.data.from_blocks([task.table for task in tasks])
     dataset.context.max_errored_blocks = -1  # a lost task is not the job's end
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Ray 2.60 has no other way to bound restarts
         results = dataset.map_batches(
             _Worker,
-            batch_size=1,
-            batch_format="numpy",
+            batch_size=None,  # a whole task
+            batch_format="pyarrow",
             fn_constructor_args=(make_task, store_uri, progress, storage_configuration()),
-            compute=ActorPoolStrategy(size=min(num_workers, len(rows)), max_tasks_in_flight_per_actor=1),
+            compute=ActorPoolStrategy(size=min(num_workers, len(tasks)), max_tasks_in_flight_per_actor=1),
             num_cpus=resources.cpus_per_worker,
             num_gpus=resources.gpus_per_worker or None,
             # Ray Data would restart actors and retry their tasks for ever, and wait for ever where there is no room.
-            max_restarts=_WORKER_ATTEMPTS * len(rows),
+            max_restarts=_WORKER_ATTEMPTS * len(tasks),
             max_task_retries=0,
         )
-    settled: set[str] = set()
+    settled: list[pa.Array] = []
     try:
-        settled.update(str(row["partition_id"]) for row in results.iter_rows())
+        for batch in results.iter_batches(batch_size=None, batch_format="pyarrow"):
+            settled += batch["partition_id"].chunks
     except ObjectLostError as error:  # ids that were on a lost node
         logging.getLogger(__name__).warning("a wave was cut short: %s", error)
     return settled
@@ -204,14 +202,13 @@ class _Worker:
         self._progress = Reporter(progress)
         self._events = PartitionEvents(self._task.command)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        partitions = [partition_from_dict(values) for values in json.loads(str(batch["partitions"][0]))]
-        for partition in partitions:
+    def __call__(self, task: pa.Table) -> pa.Table:
+        for partition in Partitions(task):
             self._settle(partition)
             return_freed_memory()
             self._progress.add({}, 1)
         self._progress.flush()
-        return {"partition_id": [partition.partition_id for partition in partitions]}
+        return task.select(["partition_id"])
 
     def _settle(self, partition: Partition) -> None:
         """Process a partition, unless that has been done since the job began, and record what comes of it."""
@@ -258,14 +255,13 @@ class _Worker:
 _SUMMED = ("num_images", "num_rows", "num_rejects", "num_pixels", "source_num_bytes", "bitstream_num_bytes")
 
 
-def _summarise(partitions: list[Partition], num_skipped: int, store: RunStore, started: float) -> JobSummary:
+def _summarise(partitions: Partitions, num_skipped: int, store: RunStore, started: float) -> JobSummary:
     """Sums over the records of ``partitions``; what earlier versions of their sources left behind is removed."""
-    ids = {p.partition_id for p in partitions}
-    failures = [f for f in store.failures() if f["partition_id"] in ids]
+    other_ids = set(difference(store.completed_ids(), partitions.ids).to_pylist())
     totals = dict.fromkeys(_SUMMED, 0)
     others: list[Completion] = []
     for record in store.completions():
-        if record.partition_id not in ids:
+        if record.partition_id in other_ids:
             others.append(record)
             continue
         for name in _SUMMED:
@@ -273,6 +269,11 @@ def _summarise(partitions: list[Partition], num_skipped: int, store: RunStore, s
     replaced = _replaced(partitions, others, store) if others else []
     for record in replaced:
         store.discard(record)
+    failures = store.failures()
+    if failures:
+        failed = pa.array([failure["partition_id"] for failure in failures], pa.string())
+        elsewhere = set(difference(failed, partitions.ids).to_pylist())
+        failures = [failure for failure in failures if failure["partition_id"] not in elsewhere]
     return JobSummary(
         num_partitions=len(partitions),
         num_skipped=num_skipped,
@@ -284,17 +285,12 @@ def _summarise(partitions: list[Partition], num_skipped: int, store: RunStore, s
     )
 
 
-def _replaced(partitions: list[Partition], others: list[Completion], store: RunStore) -> list[Completion]:
+def _replaced(partitions: Partitions, others: list[Completion], store: RunStore) -> list[Completion]:
     """Of records that are none of ``partitions``: earlier versions of sources that are finished as they are now."""
-    done = store.completed_ids()
-    unfinished = {p.source for p in partitions if p.partition_id not in done}
-    finished = {p.source for p in partitions} - unfinished
+    current = partitions.of_sources({record.source for record in others})
+    unfinished = {p.source for p in current.without(store.completed_ids())}
+    finished = {p.source for p in current} - unfinished
     return [record for record in others if record.source in finished]
-
-
-def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
 
 
 def _one_line(error: Exception) -> str:

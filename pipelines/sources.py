@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -14,8 +15,10 @@ import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
+from cotam.memory import return_freed_memory
 from cotam.store.fs import FileInfo, Files, find_files, glob_files, one_file, split_uri
-from cotam.store.readers import TAR_SUFFIXES, Partition, image_column, parquet_metadata
+from cotam.store.partitions import Partition, Partitions
+from cotam.store.readers import TAR_SUFFIXES, image_column, parquet_metadata
 from cotam.store.tars import IMAGE_EXTENSIONS
 
 FILES_PER_PARTITION = 500
@@ -29,7 +32,7 @@ class SourceError(ValueError):
     """A SRC in which nothing can be found; the message says what was looked for."""
 
 
-def list_partitions(source: str, wanted_image_column: str | None = None) -> list[Partition]:
+def list_partitions(source: str, wanted_image_column: str | None = None) -> Partitions:
     """Partitions of a source, in the order of its names.
 
     Args:
@@ -43,7 +46,16 @@ def list_partitions(source: str, wanted_image_column: str | None = None) -> list
         ValueError: unknown protocol.
         OSError: the storage fails.
     """
-    partitions: list[Partition] = []
+    partitions = Partitions.of(_find_partitions(source, wanted_image_column))
+    if not len(partitions):
+        raise SourceError(f"{source} holds no rows")
+    if all(p.problem for p in partitions):
+        raise SourceError(f"{partitions[0].source}: {partitions[0].problem}")
+    return_freed_memory()
+    return partitions
+
+
+def _find_partitions(source: str, wanted_image_column: str | None) -> Iterator[Partition]:
     patterns = _expand_braces(source)
     folders = _list_once(patterns)
     for pattern in patterns:
@@ -56,7 +68,7 @@ def list_partitions(source: str, wanted_image_column: str | None = None) -> list
             if not files.names:
                 raise SourceError(f"no file matches {pattern}")
         elif fs.isdir(path):
-            partitions += _list_folder(fs, path, pattern, wanted_image_column)
+            yield from _list_folder(fs, path, pattern, wanted_image_column)
             continue
         else:
             try:
@@ -64,12 +76,7 @@ def list_partitions(source: str, wanted_image_column: str | None = None) -> list
             except FileNotFoundError:
                 raise SourceError(f"{pattern} does not exist") from None
         for name in files.names:
-            partitions += _list_file(fs, name, files.info(name), wanted_image_column)
-    if not partitions:
-        raise SourceError(f"{source} holds no rows")
-    if all(p.problem for p in partitions):
-        raise SourceError(f"{partitions[0].source}: {partitions[0].problem}")
-    return partitions
+            yield from _list_file(fs, name, files.info(name), wanted_image_column)
 
 
 def _list_once(patterns: list[str]) -> dict[str, dict[str, FileInfo]]:
@@ -95,7 +102,7 @@ def _expand_braces(source: str) -> list[str]:
         raise SourceError(f"unbalanced braces in {source}") from None
 
 
-def _list_folder(fs: AbstractFileSystem, path: str, uri: str, wanted: str | None) -> list[Partition]:
+def _list_folder(fs: AbstractFileSystem, path: str, uri: str, wanted: str | None) -> Iterator[Partition]:
     found, info = find_files(fs, path)
     names = [n for n in found if not any(part.startswith((".", "_")) for part in _relative(n, path).split("/"))]
     containers = [n for n in names if n.lower().endswith((*TAR_SUFFIXES, ".parquet"))]
@@ -105,42 +112,38 @@ def _list_folder(fs: AbstractFileSystem, path: str, uri: str, wanted: str | None
             f"{uri} holds images beside tars or Parquet files; name the one or the other, as in {uri}/*.tar"
         )
     if containers:
-        return [p for name in containers for p in _list_file(fs, name, info(name), wanted)]
+        for name in containers:
+            yield from _list_file(fs, name, info(name), wanted)
+        return
     if not images:
         raise SourceError(
             f"no tar, Parquet or image file in {uri}; looked for .tar, .parquet, .{', .'.join(IMAGE_EXTENSIONS)}"
         )
-    runs = [images[k : k + FILES_PER_PARTITION] for k in range(0, len(images), FILES_PER_PARTITION)]
     source = _uri(fs, path)
-    return [
-        Partition(
-            partition_id=_partition_id(
-                f"{PurePosixPath(path).name}-{k:06d}", [(_relative(n, path), *info(n)) for n in run]
-            ),
+    for k in range(0, len(images), FILES_PER_PARTITION):
+        run = [(_relative(n, path), *info(n)) for n in images[k : k + FILES_PER_PARTITION]]
+        yield Partition(
+            partition_id=_partition_id(f"{PurePosixPath(path).name}-{k // FILES_PER_PARTITION:06d}", run),
             kind="files",
             source=source,
-            paths=tuple(_relative(n, path) for n in run),
-            num_bytes=sum(info(n).num_bytes for n in run),
+            paths=tuple(name for name, _, _ in run),
+            num_bytes=sum(num_bytes for _, num_bytes, _ in run),
         )
-        for k, run in enumerate(runs)
-    ]
 
 
-def _list_file(fs: AbstractFileSystem, path: str, info: FileInfo, wanted: str | None) -> list[Partition]:
+def _list_file(fs: AbstractFileSystem, path: str, info: FileInfo, wanted: str | None) -> Iterator[Partition]:
     name = PurePosixPath(path).name
     source = _uri(fs, path)
     if name.lower().endswith(".parquet"):
-        return _list_parquet(path, info, source, wanted)
-    if name.lower().endswith(TAR_SUFFIXES):
-        identity = [(source, *info)]
-        stem = name[: name.lower().rindex(".t")]
-        return [
-            Partition(partition_id=_partition_id(stem, identity), kind="tar", source=source, num_bytes=info.num_bytes)
-        ]
-    raise SourceError(f"{source} is neither a tar nor a Parquet file nor a folder")
+        yield from _list_parquet(path, info, source, wanted)
+    elif name.lower().endswith(TAR_SUFFIXES):
+        partition_id = _partition_id(name[: name.lower().rindex(".t")], [(source, *info)])
+        yield Partition(partition_id=partition_id, kind="tar", source=source, num_bytes=info.num_bytes)
+    else:
+        raise SourceError(f"{source} is neither a tar nor a Parquet file nor a folder")
 
 
-def _list_parquet(path: str, info: FileInfo, source: str, wanted: str | None) -> list[Partition]:
+def _list_parquet(path: str, info: FileInfo, source: str, wanted: str | None) -> Iterator[Partition]:
     def partition(groups: tuple[int, int], column: str, num_bytes: int, problem: str = "") -> Partition:
         identity = [(source, *info, *groups, column)]
         return Partition(
@@ -157,14 +160,14 @@ def _list_parquet(path: str, info: FileInfo, source: str, wanted: str | None) ->
         metadata = parquet_metadata(source)
         column = image_column(metadata.schema.to_arrow_schema(), wanted)
     except ValueError as error:
-        return [partition((0, 0), wanted or "", info.num_bytes, str(error))]
-    partitions, first, num_bytes = [], 0, 0
+        yield partition((0, 0), wanted or "", info.num_bytes, str(error))
+        return
+    first, num_bytes = 0, 0
     for k in range(metadata.num_row_groups):
         num_bytes += metadata.row_group(k).total_byte_size
         if num_bytes >= PARQUET_PARTITION_BYTES or k == metadata.num_row_groups - 1:
-            partitions.append(partition((first, k + 1), column, num_bytes))
+            yield partition((first, k + 1), column, num_bytes)
             first, num_bytes = k + 1, 0
-    return partitions
 
 
 def _partition_id(stem: str, identity: list[tuple[Any, ...]]) -> str:

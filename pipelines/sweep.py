@@ -24,7 +24,8 @@ from cotam.importance.tower import AttentionTower
 from cotam.metrics import psnr_rgb
 from cotam.mllm.backend import MllmConfig, load_mllm
 from cotam.stage_times import StageTimes
-from cotam.store.readers import Partition, read_partition
+from cotam.store.partitions import Partition
+from cotam.store.readers import read_partition
 from cotam.store.records import Completion, RunStore
 from cotam.store.schema import Reject
 from cotam.store.shard import RejectWriter

@@ -14,7 +14,8 @@ from cotam.codec import Codec
 from cotam.image import RGBImage, decode_image
 from cotam.metrics import bpp, psnr_rgb
 from cotam.report.page import picture, plot, table
-from cotam.store.readers import Partition, read_partition
+from cotam.store.partitions import Partition
+from cotam.store.readers import read_partition
 from cotam.store.records import RunStore
 from cotam.store.schema import Reject, Sample
 from cotam.store.shard import read_rejects, read_rows

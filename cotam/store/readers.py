@@ -1,4 +1,4 @@
-"""Partitions of a source, and the readers that stream their samples: tars, loose files, Parquet row groups."""
+"""The readers that stream the samples of a partition: tars, loose files, Parquet row groups."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from cotam.store.fs import split_uri
+from cotam.store.partitions import Partition
 from cotam.store.schema import Reject, Sample
 from cotam.store.source_file import SourceFile, check_regular
 from cotam.store.tars import MAX_SAMPLE_BYTES, read_tar
@@ -24,36 +25,6 @@ _KEY_COLUMNS = ("key", "__key__", "id", "image_id", "filename", "file_name", "pa
 _PARQUET_BATCH_ROWS = 16
 _MAX_LOST_ROWS = 100_000  # of a damaged row group get a reject each; a footer may claim any number
 _MAX_KEY_CHARACTERS = 1024
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)  # a driver holds millions
-class Partition:
-    """A unit of input: one tar, a run of loose files, or a run of row groups of one Parquet file.
-
-    Attributes:
-        partition_id: hash of its name, size, version and range; the same input always has the same id.
-        kind: "tar", "files", "parquet", or "shard" for a shard of bitstreams.
-        source: URI of the tar, the folder or the Parquet file.
-        paths: for "files" and "shard", the paths relative to ``source``, in order.
-        row_groups: for "parquet", first and one past the last row group.
-        image_column: for "parquet", the column of image bytes.
-        num_bytes: size of the input.
-        problem: why it cannot be read, where listing has shown that already; reading it raises this.
-    """
-
-    partition_id: str
-    kind: str
-    source: str
-    paths: tuple[str, ...] = ()
-    row_groups: tuple[int, int] = (0, 0)
-    image_column: str = ""
-    num_bytes: int = 0
-    problem: str = ""
-
-
-def partition_from_dict(values: dict[str, Any]) -> Partition:
-    """The inverse of ``dataclasses.asdict``, also after a way through JSON."""
-    return Partition(**{**values, "paths": tuple(values["paths"]), "row_groups": tuple(values["row_groups"])})
 
 
 def read_partition(partition: Partition) -> Iterator[Sample | Reject]:

@@ -14,9 +14,12 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
+import pyarrow as pa
+
 from cotam.config import config_hash
 from cotam.credentials import redact
 from cotam.store.fs import Root
+from cotam.store.partitions import difference
 
 MANIFEST = "_cotam/manifest.json"
 _LOCK = "_cotam/lock.json"
@@ -115,9 +118,9 @@ class RunStore:
         """The manifest. Raises FileNotFoundError where there is none, StoreError where it is none of a run."""
         return check_manifest(self.root.read_json(MANIFEST), f"{self.root.uri}/{MANIFEST}")
 
-    def completed_ids(self) -> set[str]:
-        """Ids of the finished partitions."""
-        return {name.removesuffix(".json") for name in self.root.list("_cotam/completed")}
+    def completed_ids(self) -> pa.Array:
+        """Ids of the finished partitions, strings, sorted."""
+        return self._ids("completed")
 
     def completions(self) -> Iterator[Completion]:
         """All completion records, in order of partition id, a few at a time in memory.
@@ -157,24 +160,24 @@ class RunStore:
 
     def failures(self) -> list[dict[str, str]]:
         """The failed partitions: partition_id, source, error."""
-        names = self.root.list("_cotam/failed")
-        done = self.completed_ids() if names else set()
-        failed = [n.removesuffix(".json") for n in names if n.removesuffix(".json") not in done]
-        return [_failure(self.root.read_json(f"_cotam/failed/{name}.json"), name) for name in failed]
+        failed = self._ids("failed")
+        if len(failed):
+            failed = difference(failed, self.completed_ids())
+        return [_failure(self.root.read_json(f"_cotam/failed/{name}.json"), name) for name in failed.to_pylist()]
 
-    def forget_attempts(self, pending: set[str]) -> None:
+    def forget_attempts(self, pending: pa.Array | pa.ChunkedArray) -> None:
         """A new run gives the partitions in ``pending`` their attempts again; what others left half done is removed.
 
         An attempt is noted before a partition is begun and forgotten with its completion, so output of a partition
         that has one and is not in ``pending`` any more, because its source has changed, belongs to nothing.
         """
-        begun = {name.removesuffix(".json") for name in self.root.list("_cotam/attempts")}
-        abandoned = begun - pending - self.completed_ids() if begun else begun
-        if abandoned:
+        begun = self._ids("attempts")
+        if len(abandoned := difference(begun, pending)):
+            abandoned = set(difference(abandoned, self.completed_ids()).to_pylist())
             for name in self.root.list("data"):
                 if name.partition(".")[0] in abandoned:
                     self.root.remove(f"data/{name}")
-        for name in begun:
+        for name in begun.to_pylist():
             self.root.remove(f"_cotam/attempts/{name}.json")
 
     def count_attempt(self, partition_id: str) -> int:
@@ -184,6 +187,9 @@ class RunStore:
         before = noted["attempts"] if isinstance(noted, dict) and isinstance(noted.get("attempts"), int) else 0
         self.root.write_json(path, {"attempts": before + 1})
         return before
+
+    def _ids(self, folder: str) -> pa.Array:
+        return pa.array([name.removesuffix(".json") for name in self.root.list(f"_cotam/{folder}")], pa.string())
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

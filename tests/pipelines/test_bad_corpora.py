@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from cotam.store.readers import Partition
+from cotam.store.partitions import Partition
 from cotam.store.records import Completion, RunStore
 from cotam.store.shard import read_rejects
 from jobs.cli import app

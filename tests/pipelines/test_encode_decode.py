@@ -22,7 +22,7 @@ from PIL import Image
 
 from cotam.codec import Codec
 from cotam.metrics import psnr_rgb
-from cotam.store.readers import Partition
+from cotam.store.partitions import Partition
 from cotam.store.records import Completion, RunStore
 from cotam.store.shard import read_rejects
 from cotam.store.verify import verify_shard, verify_store

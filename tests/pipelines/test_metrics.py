@@ -10,7 +10,8 @@ from ray.util import metrics as ray_metrics
 
 from cotam.codec import Codec
 from cotam.stage_times import StageTimes
-from cotam.store.readers import Partition, read_partition
+from cotam.store.partitions import Partition
+from cotam.store.readers import read_partition
 from cotam.store.schema import Reject, Row
 from cotam.stream import decode_stream, encode_stream
 from pipelines import metrics

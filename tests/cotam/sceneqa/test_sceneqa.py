@@ -17,7 +17,8 @@ from cotam.sceneqa.dataset import write_dataset
 from cotam.sceneqa.questions import LEVELS, caption, scene_questions
 from cotam.sceneqa.render import render
 from cotam.sceneqa.scene import COLOURS, KINDS, SHAPES, Scene, sample_scene
-from cotam.store.readers import Partition, read_partition
+from cotam.store.partitions import Partition
+from cotam.store.readers import read_partition
 from cotam.store.schema import Sample
 from cotam.tasks.blind import AskedQuestion, blind_answers
 from cotam.tasks.questions import read_questions

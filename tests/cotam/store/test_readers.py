@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from cotam.store.fs import Root
-from cotam.store.readers import Partition, image_column, member_types, parquet_metadata, read_partition
+from cotam.store.partitions import Partition
+from cotam.store.readers import image_column, member_types, parquet_metadata, read_partition
 from cotam.store.schema import Reject, Row, Sample
 from cotam.store.shard import ShardWriter, read_rows
 from tests.bad_corpora import AFTER, COMPRESSIONS, END, GOOD, JPEG, bad_tars, header, member, pax, pax_record
