@@ -28,7 +28,8 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_expo
 
 from cotam.memory import return_freed_memory
 from cotam.store.fs import is_transient
-from cotam.store.partitions import Partition, Partitions, difference
+from cotam.store.ids import difference
+from cotam.store.partitions import Partition, Partitions
 from cotam.store.records import Completion, RunStore
 from cotam.store.storage_options import storage_configuration, use_storage_configuration
 from pipelines.cluster import Resources, pool_size

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -16,7 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from cotam.memory import return_freed_memory
-from cotam.store.fs import FileInfo, Files, find_files, glob_files, one_file, split_uri
+from cotam.store.fs import File, find_files, glob_files, one_file, split_uri
 from cotam.store.partitions import Partition, Partitions
 from cotam.store.readers import TAR_SUFFIXES, image_column, parquet_metadata
 from cotam.store.tars import IMAGE_EXTENSIONS
@@ -61,33 +61,35 @@ def _find_partitions(source: str, wanted_image_column: str | None) -> Iterator[P
     for pattern in patterns:
         fs, path = split_uri(pattern)
         siblings = folders.get(pattern.rpartition("/")[0])
+        files: Iterable[File]
         if siblings is not None and path in siblings:
-            files = Files([path], siblings.__getitem__)
+            files = [siblings[path]]
         elif _has_magic(path):
             files = glob_files(fs, path)
-            if not files.names:
-                raise SourceError(f"no file matches {pattern}")
         elif fs.isdir(path):
             yield from _list_folder(fs, path, pattern, wanted_image_column)
             continue
         else:
             try:
-                files = one_file(fs, path)
+                files = [one_file(fs, path)]
             except FileNotFoundError:
                 raise SourceError(f"{pattern} does not exist") from None
-        for name in files.names:
-            yield from _list_file(fs, name, files.info(name), wanted_image_column)
+        found = False
+        for file in files:
+            found = True
+            yield from _list_file(fs, file, wanted_image_column)
+        if not found:
+            raise SourceError(f"no file matches {pattern}")
 
 
-def _list_once(patterns: list[str]) -> dict[str, dict[str, FileInfo]]:
+def _list_once(patterns: list[str]) -> dict[str, dict[str, File]]:
     """The files of folders of which many are named: asking for each by itself is a request a file."""
     counts = Counter(p.rpartition("/")[0] for p in patterns if not _has_magic(p))
     folders = {}
     for folder, count in counts.items():
         if folder and count > _LIST_ONCE:
             fs, path = split_uri(folder)
-            names, info = glob_files(fs, f"{glob.escape(path)}/*")
-            folders[folder] = {name: info(name) for name in names}
+            folders[folder] = {file.name: file for file in glob_files(fs, f"{glob.escape(path)}/*")}
     return folders
 
 
@@ -103,51 +105,65 @@ def _expand_braces(source: str) -> list[str]:
 
 
 def _list_folder(fs: AbstractFileSystem, path: str, uri: str, wanted: str | None) -> Iterator[Partition]:
-    found, info = find_files(fs, path)
-    names = [n for n in found if not any(part.startswith((".", "_")) for part in _relative(n, path).split("/"))]
-    containers = [n for n in names if n.lower().endswith((*TAR_SUFFIXES, ".parquet"))]
-    images = [n for n in names if n.lower().rsplit(".", 1)[-1] in (*IMAGE_EXTENSIONS, *_OTHER_EXTENSIONS)]
-    if containers and images:
-        raise SourceError(
-            f"{uri} holds images beside tars or Parquet files; name the one or the other, as in {uri}/*.tar"
-        )
-    if containers:
-        for name in containers:
-            yield from _list_file(fs, name, info(name), wanted)
-        return
-    if not images:
+    found = False  # tars or Parquet files
+    images: list[tuple[str, int, str]] = []
+    num_images = 0
+    for file in find_files(fs, path):
+        name = _relative(file.name, path)
+        if any(part.startswith((".", "_")) for part in name.split("/")):
+            continue
+        if name.lower().endswith((*TAR_SUFFIXES, ".parquet")):
+            found = True
+            yield from _list_file(fs, file, wanted)
+        elif name.lower().rsplit(".", 1)[-1] in (*IMAGE_EXTENSIONS, *_OTHER_EXTENSIONS):
+            images.append((name, file.num_bytes, file.version))
+            num_images += 1
+        if found and num_images:
+            raise SourceError(
+                f"{uri} holds images beside tars or Parquet files; name the one or the other, as in {uri}/*.tar"
+            )
+        if len(images) == FILES_PER_PARTITION:
+            yield _image_partition(fs, path, images, num_images)
+            images = []
+    if images:
+        yield _image_partition(fs, path, images, num_images)
+    if not (found or num_images):
         raise SourceError(
             f"no tar, Parquet or image file in {uri}; looked for .tar, .parquet, .{', .'.join(IMAGE_EXTENSIONS)}"
         )
-    source = _uri(fs, path)
-    for k in range(0, len(images), FILES_PER_PARTITION):
-        run = [(_relative(n, path), *info(n)) for n in images[k : k + FILES_PER_PARTITION]]
-        yield Partition(
-            partition_id=_partition_id(f"{PurePosixPath(path).name}-{k // FILES_PER_PARTITION:06d}", run),
-            kind="files",
-            source=source,
-            paths=tuple(name for name, _, _ in run),
-            num_bytes=sum(num_bytes for _, num_bytes, _ in run),
-        )
 
 
-def _list_file(fs: AbstractFileSystem, path: str, info: FileInfo, wanted: str | None) -> Iterator[Partition]:
-    name = PurePosixPath(path).name
-    source = _uri(fs, path)
+def _image_partition(
+    fs: AbstractFileSystem, folder: str, images: list[tuple[str, int, str]], num_images: int
+) -> Partition:
+    """Names below ``folder``, sizes and versions of the last ones of so many images."""
+    number = (num_images - 1) // FILES_PER_PARTITION
+    return Partition(
+        partition_id=_partition_id(f"{PurePosixPath(folder).name}-{number:06d}", images),
+        kind="files",
+        source=_uri(fs, folder),
+        paths=tuple(name for name, _, _ in images),
+        num_bytes=sum(num_bytes for _, num_bytes, _ in images),
+    )
+
+
+def _list_file(fs: AbstractFileSystem, file: File, wanted: str | None) -> Iterator[Partition]:
+    name = PurePosixPath(file.name).name
+    source = _uri(fs, file.name)
     if name.lower().endswith(".parquet"):
-        yield from _list_parquet(path, info, source, wanted)
+        yield from _list_parquet(file, source, wanted)
     elif name.lower().endswith(TAR_SUFFIXES):
-        partition_id = _partition_id(name[: name.lower().rindex(".t")], [(source, *info)])
-        yield Partition(partition_id=partition_id, kind="tar", source=source, num_bytes=info.num_bytes)
+        partition_id = _partition_id(name[: name.lower().rindex(".t")], [(source, file.num_bytes, file.version)])
+        yield Partition(partition_id=partition_id, kind="tar", source=source, num_bytes=file.num_bytes)
     else:
         raise SourceError(f"{source} is neither a tar nor a Parquet file nor a folder")
 
 
-def _list_parquet(path: str, info: FileInfo, source: str, wanted: str | None) -> Iterator[Partition]:
+def _list_parquet(file: File, source: str, wanted: str | None) -> Iterator[Partition]:
     def partition(groups: tuple[int, int], column: str, num_bytes: int, problem: str = "") -> Partition:
-        identity = [(source, *info, *groups, column)]
+        identity = [(source, file.num_bytes, file.version, *groups, column)]
         return Partition(
-            partition_id=_partition_id(f"{PurePosixPath(path).stem}-{groups[0]:05d}", identity),
+            partition_id=_partition_id(f"{PurePosixPath(file.name).stem}-{groups[0]:05d}", identity),
             kind="parquet",
             source=source,
             row_groups=groups,
@@ -160,7 +176,7 @@ def _list_parquet(path: str, info: FileInfo, source: str, wanted: str | None) ->
         metadata = parquet_metadata(source)
         column = image_column(metadata.schema.to_arrow_schema(), wanted)
     except ValueError as error:
-        yield partition((0, 0), wanted or "", info.num_bytes, str(error))
+        yield partition((0, 0), wanted or "", file.num_bytes, str(error))
         return
     first, num_bytes = 0, 0
     for k in range(metadata.num_row_groups):
@@ -170,7 +186,7 @@ def _list_parquet(path: str, info: FileInfo, source: str, wanted: str | None) ->
             first, num_bytes = k + 1, 0
 
 
-def _partition_id(stem: str, identity: list[tuple[Any, ...]]) -> str:
+def _partition_id(stem: str, identity: Sequence[tuple[Any, ...]]) -> str:
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     return f"{re.sub(r'[^A-Za-z0-9_-]+', '_', stem)[:48]}-{digest}"
 

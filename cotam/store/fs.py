@@ -6,15 +6,18 @@ import contextlib
 import glob
 import json
 import os
+import re
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
+import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
+from fsspec.utils import glob_translate
 
 from cotam.credentials import redact, refuse_credentials
 
@@ -52,18 +55,16 @@ class Root:
         """The file's bytes. Raises FileNotFoundError."""
         return bytes(self.fs.cat_file(self.join(path)))
 
-    def list(self, folder: str) -> list[str]:
-        """Names of the files directly in ``folder``, sorted; none when there is no such folder."""
-        try:
+    def list(self, folder: str) -> Iterator[str]:
+        """Names of the files directly in ``folder``, in no order; none when there is no such folder."""
+        with contextlib.suppress(FileNotFoundError):
             if self.is_local:
                 with os.scandir(self.join(folder)) as found:
-                    names = [e.name for e in found if e.is_file()]
+                    yield from (e.name for e in found if e.is_file() and not e.name.startswith("."))
             else:
-                entries = self.fs.ls(self.join(folder), detail=True, refresh=True)
-                names = [e["name"].rsplit("/", 1)[-1] for e in entries if e["type"] == "file"]
-        except FileNotFoundError:
-            return []
-        return sorted(n for n in names if n and not n.startswith("."))
+                paths = (file.name for file in _scan(self.fs, self.join(folder), recursive=False))
+                names = (path.rsplit("/", 1)[-1] for path in paths)
+                yield from (name for name in names if not name.startswith("."))
 
     def write(self, path: str, data: bytes) -> None:
         """Write a file so that readers see the whole of it or nothing."""
@@ -121,64 +122,71 @@ class Root:
         self.write(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 
-class FileInfo(NamedTuple):
-    """Bytes of a file, and its version: the etag on object stores, the time of modification elsewhere."""
+class File(NamedTuple):
+    """Full name of a file, bytes, and its version: the etag on object stores, the time of modification elsewhere."""
 
+    name: str
     num_bytes: int
     version: str
 
-    @classmethod
-    def of(cls, info: dict[str, Any]) -> FileInfo:
-        """From what fsspec says of a file."""
-        etag = info.get("ETag") or info.get("etag") or info.get("md5Hash")
-        version = str(etag or info.get("mtime") or info.get("LastModified") or "")
-        return cls(int(info["size"]), version)
 
-
-class Files(NamedTuple):
-    """Full names of files, sorted, and what is known about one of them."""
-
-    names: list[str]
-    info: Callable[[str], FileInfo]
-
-
-def find_files(fs: AbstractFileSystem, path: str) -> Files:
-    """All files below a folder. Raises OSError for a folder that cannot be read."""
+def find_files(fs: AbstractFileSystem, path: str) -> Iterator[File]:
+    """All files below a folder, by name. Raises OSError for a folder that cannot be read."""
     if not isinstance(fs, LocalFileSystem):
-        return _described(fs.find(path, detail=True))
+        return _by_name(_scan(fs, path, recursive=True))
 
     def refuse(error: OSError) -> None:
         raise error
 
-    # Not by fsspec, which holds a kilobyte for every file.
     walk = os.walk(path, onerror=refuse, followlinks=True)
-    return Files(sorted(os.path.join(folder, name) for folder, _, names in walk for name in names), _local_info)
+    return map(_local_file, sorted(os.path.join(folder, name) for folder, _, names in walk for name in names))
 
 
-def glob_files(fs: AbstractFileSystem, pattern: str) -> Files:
-    """All files whose path matches."""
+def glob_files(fs: AbstractFileSystem, pattern: str) -> Iterator[File]:
+    """All files whose path matches, by name."""
     if not isinstance(fs, LocalFileSystem):
-        found = fs.glob(pattern, detail=True)
-        return _described({name: info for name, info in found.items() if info["type"] != "directory"})
-    names = sorted(name for name in glob.iglob(pattern, recursive=True) if not os.path.isdir(name))
-    return Files(names, _local_info)
+        start = pattern.rfind("/", 0, min(pattern.index(c) for c in "*?[" if c in pattern)) + 1
+        folder, rest = pattern[:start], pattern[start:]
+        matches = re.compile(glob_translate(pattern)).match
+        return _by_name(f for f in _scan(fs, folder, recursive="/" in rest or "**" in rest) if matches(f.name))
+    return map(_local_file, sorted(n for n in glob.iglob(pattern, recursive=True) if not os.path.isdir(n)))
 
 
-def one_file(fs: AbstractFileSystem, path: str) -> Files:
+def one_file(fs: AbstractFileSystem, path: str) -> File:
     """A file by its name. Raises FileNotFoundError."""
-    return _described({path: fs.info(path)})
+    return _file(path, fs.info(path))
 
 
-def _described(infos: dict[str, dict[str, Any]]) -> Files:
-    return Files(sorted(infos), lambda name: FileInfo.of(infos[name]))
+def _scan(fs: AbstractFileSystem, path: str, recursive: bool) -> Iterator[File]:
+    """The files in a folder, in no order. fsspec alone would hold a kilobyte for each."""
+    if hasattr(fs, "scan"):
+        return (_file(name, info) for name, info in fs.scan(path, recursive))
+    found = fs.find(path, maxdepth=None if recursive else 1, detail=True)
+    return (_file(name, info) for name, info in found.items())
 
 
-def _local_info(name: str) -> FileInfo:
+def _by_name(files: Iterator[File]) -> Iterator[File]:
+    """Sorted, in columns meanwhile."""
+    chunks = []
+    while chunk := list(islice(files, _FILES_AT_A_TIME)):
+        columns = zip(File._fields, zip(*chunk, strict=True), strict=True)
+        chunks.append(pa.table({name: pa.array(values) for name, values in columns}))
+    if chunks:
+        for batch in pa.concat_tables(chunks).sort_by("name").to_batches(_FILES_AT_A_TIME):
+            yield from (File(**row) for row in batch.to_pylist())
+
+
+def _file(name: str, info: dict[str, Any]) -> File:
+    etag = info.get("ETag") or info.get("etag") or info.get("md5Hash")
+    return File(name, int(info["size"]), str(etag or info.get("mtime") or info.get("LastModified") or ""))
+
+
+def _local_file(name: str) -> File:
     try:
         status = os.stat(name)
     except FileNotFoundError:  # a link to nowhere
-        return FileInfo(0, "")
-    return FileInfo(status.st_size, str(status.st_mtime))
+        return File(name, 0, "")
+    return File(name, status.st_size, str(status.st_mtime))
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import pyarrow as pa
 from cotam.config import config_hash
 from cotam.credentials import redact
 from cotam.store.fs import Root
-from cotam.store.partitions import difference
+from cotam.store.ids import difference, each, sorted_ids
 
 MANIFEST = "_cotam/manifest.json"
 _LOCK = "_cotam/lock.json"
@@ -128,11 +128,10 @@ class RunStore:
         Raises:
             StoreError: one is none, or not of its partition; whoever may write to the store may write anything.
         """
-        names = self.root.list("_cotam/completed")
-        records = self.root.read_jsons(f"_cotam/completed/{name}" for name in names)
-        for name, values in zip(names, records, strict=True):
-            where = f"{self.root.uri}/_cotam/completed/{name}"
-            yield parse_completion(values, name.removesuffix(".json"), where)
+        ids = self.completed_ids()
+        records = self.root.read_jsons(f"_cotam/completed/{name}.json" for name in each(ids))
+        for name, values in zip(each(ids), records, strict=True):
+            yield parse_completion(values, name, f"{self.root.uri}/_cotam/completed/{name}.json")
 
     def is_complete(self, partition_id: str) -> bool:
         """Whether a partition has a completion record."""
@@ -189,7 +188,7 @@ class RunStore:
         return before
 
     def _ids(self, folder: str) -> pa.Array:
-        return pa.array([name.removesuffix(".json") for name in self.root.list(f"_cotam/{folder}")], pa.string())
+        return sorted_ids(name.removesuffix(".json") for name in self.root.list(f"_cotam/{folder}"))
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ import asyncio
 import errno
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import aiohttp
@@ -88,6 +89,20 @@ class S3(S3FileSystem):  # type: ignore[misc]  # s3fs has no types
         return response
 
     call_s3 = sync_wrapper(_call_s3)
+
+    def scan(self, path: str, recursive: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Path and details of the objects in a folder, a page of a thousand in memory. Raises OSError."""
+        bucket, key, _ = self.split_path(path)
+        prefix = f"{key.rstrip('/')}/" if key else ""
+        arguments = {"Bucket": bucket, "Prefix": prefix, **({} if recursive else {"Delimiter": "/"})}
+        while True:
+            page = self.call_s3("list_objects_v2", **arguments)
+            for entry in page.get("Contents", ()):
+                if not entry["Key"].endswith("/"):  # an empty object that stands for a folder
+                    yield f"{bucket}/{entry['Key']}", {**entry, "size": entry["Size"]}
+            if not page.get("IsTruncated"):
+                return
+            arguments["ContinuationToken"] = page["NextContinuationToken"]
 
     async def _cat_file(self, path: str, *args: Any, **options: Any) -> bytes:
         # In several ranges at once, as s3fs reads large files, a body that breaks off would not be read again.

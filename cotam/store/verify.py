@@ -26,7 +26,7 @@ class ShardReport(NamedTuple):
 def verify_store(store: RunStore, records: list[Completion]) -> list[str]:
     """What is wrong with the store as a whole: shards without a record, a line each."""
     known = {r.data.rsplit("/", 1)[-1] for r in records}
-    return [f"data/{name}: no completion record" for name in store.root.list("data") if name not in known]
+    return [f"data/{name}: no completion record" for name in sorted(store.root.list("data")) if name not in known]
 
 
 def verify_shard(store: RunStore, record: Completion, codec: Codec | None) -> ShardReport:

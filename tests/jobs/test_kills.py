@@ -58,7 +58,7 @@ class Corpus:
         assert hashes(dst) == self.hashes
         assert ds.dataset(dst / "data").to_table(columns=["key"])["key"].to_pylist() == self.keys
         store = RunStore(str(dst))
-        assert store.failures() == [] and store.root.list("_cotam/attempts") == []
+        assert store.failures() == [] and list(store.root.list("_cotam/attempts")) == []
         assert all(r.num_images == r.num_rows + r.num_rejects for r in store.completions())
 
 

@@ -231,7 +231,7 @@ def test_what_no_retry_helps_with_fails_at_once(proxy: FaultProxy) -> None:
     proxy.rule = lambda request: Deny()
     for operation in (
         lambda: Root("s3://corpus/in").read("part-0000.tar"),
-        lambda: Root("s3://corpus/in").list("folder"),
+        lambda: list(Root("s3://corpus/in").list("folder")),
         lambda: list_partitions(SRC),
     ):
         proxy.requests.clear()
@@ -384,6 +384,32 @@ def test_aws_variables_are_enough(proxy: FaultProxy, monkeypatch: pytest.MonkeyP
     with pytest.raises(OSError, match="SlowDown"):
         list_partitions(SRC)
     assert len(proxy.requests) == 3
+
+
+def test_listings_of_several_pages_are_complete_and_in_order(server: str, proxy: FaultProxy) -> None:
+    client = s3_client(server)
+    client.create_bucket(Bucket="many")
+    names = [f"part-{k:04d}.tar" for k in range(1003)]
+    for key in (
+        "in/",
+        "in/deep/",
+        *(f"in/{name}" for name in reversed(names)),
+        "in/deep/a.tar",
+        "in/_cotam/b.tar",
+        "c.tar",
+    ):
+        client.put_object(Bucket="many", Key=key, Body=b"")
+    expected = [f"s3://many/in/{name}" for name in names]
+    assert [p.source for p in list_partitions("s3://many/in")] == ["s3://many/in/deep/a.tar", *expected]
+    assert [p.source for p in list_partitions("s3://many/in/*.tar")] == expected
+    tens = [f"s3://many/in/part-00{k}{j}.tar" for k in range(10) for j in (1, 3)]
+    assert [p.source for p in list_partitions("s3://many/in/part-00?[13].tar")] == tens
+    assert [p.source for p in list_partitions("s3://many/*/*/*.tar")] == [
+        "s3://many/in/_cotam/b.tar",
+        "s3://many/in/deep/a.tar",
+    ]
+    assert sorted(Root("s3://many/in").list("")) == names
+    assert list(Root("s3://many").list("nothing")) == []
 
 
 def test_options_that_are_wrong_are_refused_without_their_values() -> None:

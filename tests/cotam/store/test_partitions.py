@@ -5,7 +5,8 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from cotam.store.partitions import Partition, Partitions, difference
+from cotam.store.ids import difference, each, sorted_ids
+from cotam.store.partitions import Partition, Partitions
 
 MANY = [
     Partition(
@@ -42,6 +43,12 @@ def test_partitions_without_ids_and_of_sources() -> None:
     assert partitions.without(pa.array([], pa.string())) == partitions and not len(partitions.without(partitions.ids))
     assert list(partitions.of_sources({MANY[3].source, "none"})) == MANY[3::7]
     assert difference(even, partitions.ids).to_pylist() == ["of another run"]
+
+
+def test_ids_are_sorted_and_come_back() -> None:
+    ids = [p.partition_id for p in MANY]
+    assert list(each(sorted_ids(reversed(ids)))) == ids
+    assert len(sorted_ids([])) == len(difference(sorted_ids([]), sorted_ids(ids))) == 0
 
 
 def test_a_driver_can_hold_many() -> None:

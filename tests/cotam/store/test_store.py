@@ -86,4 +86,4 @@ def test_a_write_that_breaks_leaves_nothing_behind(tmp_path: Path, monkeypatch: 
     with pytest.raises(OSError, match="disk full"):
         root.write("a/file", b"new")
     assert root.read("a/file") == b"old"
-    assert root.list("a") == ["file"]
+    assert list(root.list("a")) == ["file"]
