@@ -3,7 +3,8 @@
     python benchmarks/scale.py --partitions 1000 10000 100000
 
 The partitions are empty tars, and the workers' task does nothing but record them, so what is measured is the driver,
-Ray and the bookkeeping. Every size runs in a process of its own; the files lie in --folder (a RAM disk by default).
+Ray and the bookkeeping. Every run is a process of its own, a new one and one that finds everything done; the files lie
+in --folder (a RAM disk by default).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import psutil
 
+from cotam.memory import return_freed_memory
 from cotam.store.partitions import Partition
 from cotam.store.records import Completion, RunStore
 from pipelines.counter import Counter, Report
@@ -35,36 +37,33 @@ class RecordTask:
         )
 
 
-def measure(num_partitions: int, folder: Path, num_workers: int) -> dict[str, float]:
+def measure(source: Path, folder: str, num_workers: int) -> dict[str, float]:
+    """A driver's run over ``source``, new or again, in this process."""
     from pipelines.cluster import Resources, init_ray
     from pipelines.runner import run_partitions
     from pipelines.sources import list_partitions
 
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        source, store = Path(name) / "in", RunStore(f"{name}/out")
-        source.mkdir()
-        for k in range(num_partitions):
-            (source / f"photographs-{k:08d}.tar").touch()
-        init_ray()
-        run_partitions(RecordTask, list_partitions(str(source))[:1], RunStore(f"{name}/warm"), Resources())
-        idle = psutil.Process().memory_info().rss
-        peak_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        started = time.perf_counter()
-        partitions = list_partitions(str(source))
-        listed = time.perf_counter()
-        summary = run_partitions(RecordTask, partitions, store, Resources(num_workers=num_workers))
-        ran = time.perf_counter()
-        assert summary.num_partitions == num_partitions and not summary.failures
-        again = run_partitions(RecordTask, partitions, store, Resources(num_workers=num_workers))
-        resumed = time.perf_counter()
-        assert again.num_skipped == num_partitions
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    def peak() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    init_ray()
+    first = list_partitions(f"{source}/photographs-00000000.tar")
+    run_partitions(RecordTask, first, RunStore(tempfile.mkdtemp(dir=folder)), Resources())
+    return_freed_memory()
+    idle, peak_before = psutil.Process().memory_info().rss, peak()
+    started, busy = time.perf_counter(), time.process_time()
+    partitions = list_partitions(str(source))
+    listed = time.perf_counter()
+    summary = run_partitions(RecordTask, partitions, RunStore(f"{folder}/out"), Resources(num_workers=num_workers))
+    ran = time.perf_counter()
+    assert summary.num_partitions == len(partitions) and not summary.failures
     return {
-        "partitions": num_partitions,
         "list_s": listed - started,
         "run_s": ran - listed,
-        "resume_s": resumed - ran,
-        "driver_over_idle_mib": (max(peak, peak_before) - idle) / 2**20,
+        "skipped": summary.num_skipped,
+        "driver_cpu_s": time.process_time() - busy,
+        "driver_over_idle_mib": (peak() - idle) / 2**20,
+        "idle_peak_mib": (peak_before - idle) / 2**20,
     }
 
 
@@ -73,15 +72,27 @@ def main() -> None:
     parser.add_argument("--partitions", type=int, nargs="+", default=[1000, 10_000, 100_000])
     parser.add_argument("--num-workers", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm"))
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--in-process", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(measure(arguments.partitions[0], arguments.folder, arguments.num_workers)))
+    if arguments.in_process:
+        source, folder = arguments.in_process
+        print(json.dumps(measure(Path(source), folder, arguments.num_workers)))
         return
     for count in arguments.partitions:
-        options = ["--one", "--partitions", str(count), "--num-workers", str(arguments.num_workers)]
-        command = [sys.executable, __file__, *options, "--folder", str(arguments.folder)]
-        print(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1], flush=True)
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+            source = Path(folder) / "in"
+            source.mkdir()
+            for k in range(count):
+                (source / f"photographs-{k:08d}.tar").touch()
+            command = [sys.executable, __file__, "--num-workers", str(arguments.num_workers)]
+            for run in ("new", "again"):
+                done = subprocess.run(
+                    [*command, "--in-process", str(source), folder], stdout=subprocess.PIPE, check=True
+                )
+                result = {"partitions": count, "run": run, **json.loads(done.stdout.splitlines()[-1])}
+                print(
+                    json.dumps({k: round(v, 2) if isinstance(v, float) else v for k, v in result.items()}), flush=True
+                )
 
 
 if __name__ == "__main__":

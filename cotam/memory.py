@@ -29,3 +29,11 @@ def return_freed_memory() -> None:
     """Give back what was kept, between two partitions: else fragments add up to the limit over hours."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@functools.cache
+def use_malloc_for_arrow() -> None:
+    """Let Arrow allocate from the C library: what its own allocator frees stays with the process, 16 MiB and more."""
+    import pyarrow as pa  # no dependency of the codec
+
+    pa.set_memory_pool(pa.system_memory_pool())

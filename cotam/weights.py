@@ -40,7 +40,7 @@ PACKAGED_FOLDERS: dict[str, tuple[str, str]] = {
     ),
     "cotam-vlm-tiny": (
         "model.safetensors",
-        "36ec62f32e0a89af03df0a7c529770ea8369e5454ba39cefe8c685048f0982b1",
+        "fc4c543e50c737eb1586540a33a45efbc9e0bb5df9b5110fff436dc06a45c808",
     ),
 }
 _MAX_FILE_BYTES = 2**30

@@ -26,9 +26,9 @@ from ray.data import ActorPoolStrategy
 from ray.exceptions import ObjectLostError
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
-from cotam.memory import return_freed_memory
+from cotam.memory import return_freed_memory, use_malloc_for_arrow
 from cotam.store.fs import is_transient
-from cotam.store.ids import difference
+from cotam.store.ids import difference, each, ids_of
 from cotam.store.partitions import Partition, Partitions
 from cotam.store.records import Completion, RunStore
 from cotam.store.storage_options import storage_configuration, use_storage_configuration
@@ -37,9 +37,9 @@ from pipelines.counter import Counts, Report
 from pipelines.events import PartitionEvents
 from pipelines.progress import OnProgress, Progress, Reporter, polling
 
-_TASKS_PER_WAVE = 250  # what the driver holds at a time, or
+_TASKS_PER_WAVE = 64  # what the driver holds at a time, or
 _TASKS_PER_WORKER = 16  # if that is more: so many at least, while there are partitions, and no worker idles for long
-_PARTITIONS_PER_TASK = 256  # at most: a task of Ray Data costs the driver some 10 ms and 15 kB
+_PARTITIONS_PER_TASK = 512  # at most: a task of Ray Data costs the driver some 10 ms and 15 kB
 _WORKER_ATTEMPTS = 3  # a partition that takes down this many workers is left alone
 _SOURCE_ATTEMPTS = 3
 
@@ -120,6 +120,7 @@ def run_partitions(
         ResourceError: the cluster cannot hold one such worker.
         RuntimeError: round after round no partition gets to an outcome.
     """
+    use_malloc_for_arrow()
     started = time.monotonic()
     pending = partitions.without(store.completed_ids())
     num_skipped = len(partitions) - len(pending)
@@ -143,17 +144,20 @@ def _run_rounds(
     while len(pending):
         workers = pool_size(resources, len(pending))
         per_task = max(1, min(per_task, len(pending) // (_TASKS_PER_WORKER * workers)))
-        settled = []
+        left, num_settled = [], 0
         for wave in pending.chunks(per_task * max(_TASKS_PER_WAVE, _TASKS_PER_WORKER * workers)):
-            settled += _run_wave(make_task, list(wave.chunks(per_task)), store_uri, resources, workers, progress)
+            settled = _run_wave(make_task, list(wave.chunks(per_task)), store_uri, resources, workers, progress)
+            left.append(wave.without(settled))
+            num_settled += len(settled)
+            return_freed_memory()
         # A poisonous partition kills its worker in _WORKER_ATTEMPTS rounds and is given up in the next one.
-        futile = 0 if settled else futile + 1
+        futile = 0 if num_settled else futile + 1
         if futile > _WORKER_ATTEMPTS:
             raise RuntimeError(
                 "no partition gets to an end, neither done nor failed: is the store away, or are workers killed for"
                 " their memory? Ray's logs and the workers' say more"
             )
-        pending = pending.without(pa.chunked_array(settled, pa.string()))
+        pending = Partitions.joined(left)
         per_task = 1  # what takes down workers takes nothing else with it
 
 
@@ -164,7 +168,7 @@ def _run_wave(
     resources: Resources,
     num_workers: int,
     progress: Any,
-) -> list[pa.Array]:
+) -> pa.ChunkedArray:
     """Ids of the partitions whose outcome is in the store; those of lost tasks are missing."""
     dataset = ray.data.from_blocks([task.table for task in tasks])
     dataset.context.max_errored_blocks = -1  # a lost task is not the job's end
@@ -188,7 +192,7 @@ def _run_wave(
             settled += batch["partition_id"].chunks
     except ObjectLostError as error:  # ids that were on a lost node
         logging.getLogger(__name__).warning("a wave was cut short: %s", error)
-    return settled
+    return pa.chunked_array(settled, pa.string())
 
 
 class _Worker:
@@ -198,6 +202,7 @@ class _Worker:
         self, make_task: Callable[[], PartitionTask], store_uri: str, progress: Any, storage: dict[str, Any]
     ) -> None:
         use_storage_configuration(storage)
+        use_malloc_for_arrow()
         self._task = make_task()
         self._store = RunStore(store_uri)
         self._progress = Reporter(progress)
@@ -258,10 +263,12 @@ _SUMMED = ("num_images", "num_rows", "num_rejects", "num_pixels", "source_num_by
 
 def _summarise(partitions: Partitions, num_skipped: int, store: RunStore, started: float) -> JobSummary:
     """Sums over the records of ``partitions``; what earlier versions of their sources left behind is removed."""
-    other_ids = set(difference(store.completed_ids(), partitions.ids).to_pylist())
+    done = store.completed_ids()
+    other_ids = set(each(difference(done, partitions.ids)))
+    return_freed_memory()
     totals = dict.fromkeys(_SUMMED, 0)
     others: list[Completion] = []
-    for record in store.completions():
+    for record in store.completions(done):
         if record.partition_id in other_ids:
             others.append(record)
             continue
@@ -272,8 +279,8 @@ def _summarise(partitions: Partitions, num_skipped: int, store: RunStore, starte
         store.discard(record)
     failures = store.failures()
     if failures:
-        failed = pa.array([failure["partition_id"] for failure in failures], pa.string())
-        elsewhere = set(difference(failed, partitions.ids).to_pylist())
+        failed = ids_of(failure["partition_id"] for failure in failures)
+        elsewhere = set(each(difference(failed, partitions.ids)))
         failures = [failure for failure in failures if failure["partition_id"] not in elsewhere]
     return JobSummary(
         num_partitions=len(partitions),

@@ -15,7 +15,7 @@ import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from cotam.memory import return_freed_memory
+from cotam.memory import return_freed_memory, use_malloc_for_arrow
 from cotam.store.fs import File, find_files, glob_files, one_file, split_uri
 from cotam.store.partitions import Partition, Partitions
 from cotam.store.readers import TAR_SUFFIXES, image_column, parquet_metadata
@@ -46,6 +46,7 @@ def list_partitions(source: str, wanted_image_column: str | None = None) -> Part
         ValueError: unknown protocol.
         OSError: the storage fails.
     """
+    use_malloc_for_arrow()
     partitions = Partitions.of(_find_partitions(source, wanted_image_column))
     if not len(partitions):
         raise SourceError(f"{source} holds no rows")

@@ -21,7 +21,7 @@ from fsspec.utils import glob_translate
 
 from cotam.credentials import redact, refuse_credentials
 
-_FILES_AT_A_TIME = 1000
+_FILES_AT_A_TIME = 500
 _MAX_JSON_BYTES = 2**24  # of a manifest or record: whoever may write to a store must not fill its readers' memory
 _FINAL = (PermissionError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 for _protocol in ("s3", "s3a"):
@@ -139,7 +139,7 @@ def find_files(fs: AbstractFileSystem, path: str) -> Iterator[File]:
         raise error
 
     walk = os.walk(path, onerror=refuse, followlinks=True)
-    return map(_local_file, sorted(os.path.join(folder, name) for folder, _, names in walk for name in names))
+    return _by_name(_local_file(os.path.join(folder, name)) for folder, _, names in walk for name in names)
 
 
 def glob_files(fs: AbstractFileSystem, pattern: str) -> Iterator[File]:
@@ -149,7 +149,7 @@ def glob_files(fs: AbstractFileSystem, pattern: str) -> Iterator[File]:
         folder, rest = pattern[:start], pattern[start:]
         matches = re.compile(glob_translate(pattern)).match
         return _by_name(f for f in _scan(fs, folder, recursive="/" in rest or "**" in rest) if matches(f.name))
-    return map(_local_file, sorted(n for n in glob.iglob(pattern, recursive=True) if not os.path.isdir(n)))
+    return _by_name(_local_file(n) for n in glob.iglob(pattern, recursive=True) if not os.path.isdir(n))
 
 
 def one_file(fs: AbstractFileSystem, path: str) -> File:
@@ -169,11 +169,13 @@ def _by_name(files: Iterator[File]) -> Iterator[File]:
     """Sorted, in columns meanwhile."""
     chunks = []
     while chunk := list(islice(files, _FILES_AT_A_TIME)):
-        columns = zip(File._fields, zip(*chunk, strict=True), strict=True)
-        chunks.append(pa.table({name: pa.array(values) for name, values in columns}))
+        names = [file.name.encode(errors="surrogateescape") for file in chunk]
+        columns = pa.array(names, pa.binary()), [file.num_bytes for file in chunk], [file.version for file in chunk]
+        chunks.append(pa.table(columns, names=File._fields))
     if chunks:
         for batch in pa.concat_tables(chunks).sort_by("name").to_batches(_FILES_AT_A_TIME):
-            yield from (File(**row) for row in batch.to_pylist())
+            for name, num_bytes, version in zip(*(column.to_pylist() for column in batch), strict=True):
+                yield File(name.decode(errors="surrogateescape"), num_bytes, version)
 
 
 def _file(name: str, info: dict[str, Any]) -> File:

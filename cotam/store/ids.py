@@ -4,35 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 _AT_A_TIME = 1000
+_HASHED_AT_A_TIME = 2**14  # an Arrow hash table takes more than the strings in it
 
 
-def sorted_ids(ids: Iterable[str]) -> pa.Array:
-    """``ids``, of which an iterator is taken a thousand at a time, as sorted strings."""
+def ids_of(ids: Iterable[str]) -> pa.ChunkedArray:
+    """``ids`` in columns; an iterator is taken a thousand at a time."""
     remaining = iter(ids)
     chunks = []
     while chunk := list(islice(remaining, _AT_A_TIME)):
         chunks.append(pa.array(chunk, pa.string()))
-    array = pa.chunked_array(chunks, pa.string()).combine_chunks()
-    return array.take(pc.sort_indices(array))
+    return pa.chunked_array(chunks, pa.string())
 
 
-def each(ids: pa.Array) -> Iterator[str]:
+def in_order(ids: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The ids sorted."""
+    return ids.take(pc.sort_indices(ids))
+
+
+def each(ids: pa.ChunkedArray) -> Iterator[str]:
     """The ids, one after another."""
     for start in range(0, len(ids), _AT_A_TIME):
         yield from ids.slice(start, _AT_A_TIME).to_pylist()
 
 
-def difference(ids: pa.Array, others: pa.Array | pa.ChunkedArray) -> pa.Array:
+def difference(ids: pa.ChunkedArray, others: pa.ChunkedArray) -> pa.ChunkedArray:
     """Those of ``ids`` that are none of ``others``."""
     return ids.filter(none_of(ids, others))
 
 
-def none_of(ids: pa.Array | pa.ChunkedArray, others: pa.Array | pa.ChunkedArray) -> Any:
+def none_of(ids: pa.ChunkedArray, others: pa.ChunkedArray) -> pa.ChunkedArray:
     """For each of ``ids`` whether it is none of ``others``, bool."""
-    return pc.invert(pc.is_in(ids, value_set=others))
+    found = pc.is_in(ids, value_set=others.slice(0, _HASHED_AT_A_TIME))
+    for start in range(_HASHED_AT_A_TIME, len(others), _HASHED_AT_A_TIME):
+        found = pc.or_(found, pc.is_in(ids, value_set=others.slice(start, _HASHED_AT_A_TIME)))
+    return pc.invert(found)

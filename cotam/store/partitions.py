@@ -19,7 +19,7 @@ _SCHEMA = pa.schema(
         "kind": pa.string(),
         "source": pa.binary(),  # names of files may be no UTF-8
         "paths": pa.list_(pa.binary()),
-        "row_groups": pa.list_(pa.int64(), 2),
+        "row_groups": pa.list_(pa.int32(), 2),
         "image_column": pa.string(),
         "num_bytes": pa.int64(),
         "problem": pa.string(),
@@ -71,12 +71,17 @@ class Partitions(Sequence[Partition]):
             chunks.append(pa.RecordBatch.from_pylist([_row(p) for p in chunk], _SCHEMA))
         return cls(pa.Table.from_batches(chunks, _SCHEMA))
 
+    @classmethod
+    def joined(cls, parts: Iterable[Partitions]) -> Partitions:
+        """One after another."""
+        return cls(pa.concat_tables(part.table for part in parts))
+
     @property
     def ids(self) -> pa.ChunkedArray:
         """The ids, strings."""
         return self.table["partition_id"]
 
-    def without(self, ids: pa.Array | pa.ChunkedArray) -> Partitions:
+    def without(self, ids: pa.ChunkedArray) -> Partitions:
         """Those whose id is none of ``ids``."""
         return self._those(none_of(self.ids, ids))
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 from cotam.config import config_hash
 from cotam.credentials import redact
 from cotam.store.fs import Root
-from cotam.store.ids import difference, each, sorted_ids
+from cotam.store.ids import difference, each, ids_of, in_order
 
 MANIFEST = "_cotam/manifest.json"
 _LOCK = "_cotam/lock.json"
@@ -118,17 +118,17 @@ class RunStore:
         """The manifest. Raises FileNotFoundError where there is none, StoreError where it is none of a run."""
         return check_manifest(self.root.read_json(MANIFEST), f"{self.root.uri}/{MANIFEST}")
 
-    def completed_ids(self) -> pa.Array:
-        """Ids of the finished partitions, strings, sorted."""
+    def completed_ids(self) -> pa.ChunkedArray:
+        """Ids of the finished partitions, strings, in no order."""
         return self._ids("completed")
 
-    def completions(self) -> Iterator[Completion]:
-        """All completion records, in order of partition id, a few at a time in memory.
+    def completions(self, ids: pa.ChunkedArray | None = None) -> Iterator[Completion]:
+        """The completion records of ``ids``, or all in order of partition id; a few at a time in memory.
 
         Raises:
             StoreError: one is none, or not of its partition; whoever may write to the store may write anything.
         """
-        ids = self.completed_ids()
+        ids = in_order(self.completed_ids()) if ids is None else ids
         records = self.root.read_jsons(f"_cotam/completed/{name}.json" for name in each(ids))
         for name, values in zip(each(ids), records, strict=True):
             yield parse_completion(values, name, f"{self.root.uri}/_cotam/completed/{name}.json")
@@ -162,9 +162,9 @@ class RunStore:
         failed = self._ids("failed")
         if len(failed):
             failed = difference(failed, self.completed_ids())
-        return [_failure(self.root.read_json(f"_cotam/failed/{name}.json"), name) for name in failed.to_pylist()]
+        return [_failure(self.root.read_json(f"_cotam/failed/{name}.json"), name) for name in each(in_order(failed))]
 
-    def forget_attempts(self, pending: pa.Array | pa.ChunkedArray) -> None:
+    def forget_attempts(self, pending: pa.ChunkedArray) -> None:
         """A new run gives the partitions in ``pending`` their attempts again; what others left half done is removed.
 
         An attempt is noted before a partition is begun and forgotten with its completion, so output of a partition
@@ -172,11 +172,11 @@ class RunStore:
         """
         begun = self._ids("attempts")
         if len(abandoned := difference(begun, pending)):
-            abandoned = set(difference(abandoned, self.completed_ids()).to_pylist())
+            abandoned = set(each(difference(abandoned, self.completed_ids())))
             for name in self.root.list("data"):
                 if name.partition(".")[0] in abandoned:
                     self.root.remove(f"data/{name}")
-        for name in begun.to_pylist():
+        for name in each(begun):
             self.root.remove(f"_cotam/attempts/{name}.json")
 
     def count_attempt(self, partition_id: str) -> int:
@@ -187,8 +187,8 @@ class RunStore:
         self.root.write_json(path, {"attempts": before + 1})
         return before
 
-    def _ids(self, folder: str) -> pa.Array:
-        return sorted_ids(name.removesuffix(".json") for name in self.root.list(f"_cotam/{folder}"))
+    def _ids(self, folder: str) -> pa.ChunkedArray:
+        return ids_of(name.removesuffix(".json") for name in self.root.list(f"_cotam/{folder}"))
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
