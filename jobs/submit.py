@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,8 +26,8 @@ def submit(
 ) -> int:
     """Submit a command to a Ray cluster and follow its log; ends with its exit status.
 
-    Interrupting it leaves the job running: `ray job logs|status|stop ID --address ...`. Where a cluster asks for a
-    token, it comes from RAY_AUTH_TOKEN or ~/.ray/auth_token.
+    Interrupting it leaves the job running: `ray job logs|status|stop ID --address ...`. COTAM_LOG_... go along with it.
+    Where a cluster asks for a token, it comes from RAY_AUTH_TOKEN or ~/.ray/auth_token.
     """
     from cotam.credentials import refuse_credentials
     from jobs.cli import check_command
@@ -39,8 +38,6 @@ def submit(
     check_command(arguments)
     for text in (address, *arguments):  # Ray shows them to whoever may ask
         refuse_credentials(text)
-    if os.environ.get("RAY_AUTH_TOKEN") or Path("~/.ray/auth_token").expanduser().exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # what clusters ask for; Ray's client does not look by itself
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
@@ -54,7 +51,13 @@ def submit(
     try:
         client = JobSubmissionClient(address)
         entrypoint = shlex.join(["cotam", *arguments])
-        job = retrying(client.submit_job, entrypoint=entrypoint, metadata={"cotam": arguments[0]})
+        logs = {name: value for name, value in os.environ.items() if name.startswith("COTAM_LOG_")}
+        job = retrying(
+            client.submit_job,
+            entrypoint=entrypoint,
+            runtime_env={"env_vars": logs},
+            metadata={"cotam": arguments[0]},
+        )
     except (ConnectionError, RuntimeError, RayError) as error:
         raise ValueError(f"cannot talk to Ray's dashboard at {address} (--address): {_first_line(error)}") from None
     if detach:

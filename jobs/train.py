@@ -57,6 +57,7 @@ def codec(
 def clip(
     out: Out,
     config: ConfigFile = None,
+    init: Annotated[str | None, typer.Option(help="CLIP to train further: packaged name or folder.")] = None,
     photographs: Photographs = None,
     max_minutes: MaxMinutes = None,
     max_steps: MaxSteps = None,
@@ -67,7 +68,7 @@ def clip(
     from cotam.train.run import train_clip
 
     data = {"photographs": tuple(photographs or ())}
-    train_clip(_settings(ClipTrainConfig, config, data, max_minutes, max_steps), out, device)
+    train_clip(_settings(ClipTrainConfig, config, data, max_minutes, max_steps), out, device, init)
 
 
 @train_app.command()

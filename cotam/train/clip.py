@@ -91,13 +91,17 @@ def open_clip_config(config: ClipTrainConfig) -> dict[str, Any]:
 
 
 class ClipTrainer(Trainer[DenseClip, ClipBatch]):
-    """One training run of a CLIP. Arguments as of ``Trainer``."""
+    """One training run of a CLIP, from ``init`` where there is one of the same shape. Others as of ``Trainer``."""
 
-    def __init__(self, config: ClipTrainConfig, out_dir: Path, device: str = "cpu") -> None:
+    def __init__(
+        self, config: ClipTrainConfig, out_dir: Path, device: str = "cpu", init: dict[str, Tensor] | None = None
+    ) -> None:
         torch.manual_seed(config.seed)
-        self.config = config
-        model_config = open_clip_config(config)["model_cfg"]
-        super().__init__(DenseClip(config), config, out_dir, device, model_config)
+        self.config, self._is_new = config, init is None
+        model = DenseClip(config)
+        if init is not None:
+            model.clip.load_state_dict(init)
+        super().__init__(model, config, out_dir, device, open_clip_config(config)["model_cfg"])
         self._collate = partial(_collate, tokenizer=build_tokenizer(), rows=config.image_px // config.patch_px)
 
     def batches(self) -> Iterator[ClipBatch]:
@@ -107,7 +111,9 @@ class ClipTrainer(Trainer[DenseClip, ClipBatch]):
         return scene_batches(config.data, config.image_px, self._collate, config.batch_size, first, self.num_ranks)
 
     def prepare(self) -> None:
-        """The image tower starts at whitened patches and sinusoidal positions, each as strong as the other."""
+        """A new image tower starts at whitened patches and sinusoidal positions, each as strong as the other."""
+        if not self._is_new:
+            return
         visual = self.model.clip.visual
         batches = self.batches()
         images = torch.cat([to_float(next(batches).images) for _ in range(max(1, 128 // self.config.batch_size))])

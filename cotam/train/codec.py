@@ -98,4 +98,8 @@ class CodecTrainer(Trainer[CodecModel, Tensor]):
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         linear = [p for name, p in named if ".linear." in name]
         rest = [p for name, p in named if ".linear." not in name]
-        return [{"params": linear, "factor": self.config.linear_lr_factor}, {"params": rest, "factor": 1.0}]
+        kind = self.config.optimizer
+        return [
+            {"params": linear, "factor": self.config.linear_lr_factor, "optimizer": kind},
+            {"params": rest, "factor": 1.0, "optimizer": kind},
+        ]

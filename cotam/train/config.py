@@ -75,15 +75,19 @@ class CodecTrainConfig(Schedule):
         data: images.
         crop_px: side of the training crops, a multiple of 64.
         linear_lr_factor: on the learning rate, for the linear paths, which start at the KLT and are nearly right.
+        optimizer: "adamw" or "soap".
     """
 
     model: CodecConfig = dataclasses.field(default_factory=CodecConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     crop_px: int = 256
     linear_lr_factor: float = 0.1
+    optimizer: str = "adamw"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.optimizer not in ("adamw", "soap"):
+            raise ValueError(f"optimizer must be adamw or soap, not {self.optimizer!r}")
         if self.crop_px % 64 or self.crop_px <= 0:
             raise ValueError(f"crop_px must be a positive multiple of 64, not {self.crop_px}")
 

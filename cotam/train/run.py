@@ -59,16 +59,21 @@ def train_codec(config: CodecTrainConfig, out: Path, device: str | None = None, 
     return weights
 
 
-def train_clip(config: ClipTrainConfig, out: Path, device: str | None = None) -> Path:
+def train_clip(config: ClipTrainConfig, out: Path, device: str | None = None, init: str | None = None) -> Path:
     """Train, or go on with, a CLIP in ``out``. Returns ``out``/clip, a folder that open_clip and CoTAM load.
 
-    Args and errors as of ``train_codec``.
+    Args and errors as of ``train_codec``; ``init`` is a packaged name or folder, of the shape in ``config``.
     """
+    from cotam.importance.tower import load_clip
     from cotam.train.clip import ClipTrainer, export_clip
 
     folder = out / "clip"
+    start = None if init is None else load_clip(init).model.state_dict()
     with _on_device(device) as chosen:
-        trainer = ClipTrainer(config, out, chosen)
+        try:
+            trainer = ClipTrainer(config, out, chosen, start)
+        except RuntimeError as error:  # of load_state_dict
+            raise ValueError(f"{init} has another shape than the configuration: {str(error).splitlines()[0]}") from None
         model = _run(trainer, out)
         if trainer.rank == 0:
             weights = export_clip(model.clip, config, folder)

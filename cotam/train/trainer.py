@@ -24,6 +24,8 @@ B = TypeVar("B")
 CHECKPOINT = "checkpoint.pt"
 _LONGEST_STEP_S = 30.0  # a machine that slept did not train
 _LOG_S = 10.0
+_SOAP_FREQUENCY = 20  # steps between two updates of the eigenbases
+_SOAP_MAX_DIM = 800  # larger sides of a weight are not rotated
 
 
 class Trainer(ABC, Generic[M, B]):
@@ -86,7 +88,7 @@ class Trainer(ABC, Generic[M, B]):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Hook: groups of parameters, in module order, as a checkpoint's optimizer state belongs to them by position.
 
-        ``factor`` is on the learning rate; a group with ``muon`` holds hidden matrices, for Muon instead of AdamW.
+        ``factor`` is on the learning rate; ``optimizer`` is "adamw", the default, "muon" (hidden matrices) or "soap".
         """
         return [{"params": [p for p in self.model.parameters() if p.requires_grad], "factor": 1.0}]
 
@@ -183,25 +185,36 @@ class Trainer(ABC, Generic[M, B]):
 
 
 def _make_optimizers(groups: list[dict[str, Any]], schedule: Schedule) -> list[torch.optim.Optimizer]:
-    """AdamW, and for groups with ``muon`` Muon (Jordan et al. 2024), its updates as large as AdamW's."""
-    muon = [g for g in groups if g.get("muon")]
-    rest = [g for g in groups if not g.get("muon")]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            rest,
-            lr=schedule.learning_rate,
-            betas=(0.9, schedule.adam_beta2),
-            weight_decay=schedule.weight_decay,
-            foreach=True,
-        )
-    ]
-    if muon:
-        optimizers.append(
-            torch.optim.Muon(
-                muon, lr=schedule.learning_rate, weight_decay=schedule.weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
-        )
-    return optimizers
+    """One optimizer of each kind for the groups that ask for it, updates as large as AdamW's.
+
+    Muon: Jordan et al. 2024. SOAP: Vyas et al. 2024, for rate and distortion, whose gradients pull apart.
+    """
+    rate, decay = schedule.learning_rate, schedule.weight_decay
+    betas = (0.9, schedule.adam_beta2)
+    makers: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
+        "adamw": lambda own: torch.optim.AdamW(own, lr=rate, betas=betas, weight_decay=decay, foreach=True),
+        "muon": lambda own: torch.optim.Muon(own, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+        "soap": lambda own: _soap()(
+            own,
+            lr=rate,
+            weight_decay=decay,
+            precondition_frequency=_SOAP_FREQUENCY,
+            max_precondition_dim=_SOAP_MAX_DIM,
+        ),
+    }
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for group in groups:
+        values = {name: value for name, value in group.items() if name != "optimizer"}
+        kinds.setdefault(group.get("optimizer", "adamw"), []).append(values)
+    return [makers[kind](own) for kind, own in kinds.items()]
+
+
+def _soap() -> Any:
+    try:
+        from pytorch_optimizer import SOAP
+    except ImportError:
+        raise ValueError("optimizer soap needs pytorch-optimizer: pip install 'cotam[train]'") from None
+    return SOAP
 
 
 def transformer_groups(named: Iterable[tuple[str, nn.Parameter]], factor: float = 1.0) -> list[dict[str, Any]]:
@@ -209,7 +222,7 @@ def transformer_groups(named: Iterable[tuple[str, nn.Parameter]], factor: float 
     trained = [(name, p) for name, p in named if p.requires_grad]
     hidden = {name for name, p in trained if p.ndim == 2 and ("blocks." in name or "layers." in name)}
     return [
-        {"params": [p for name, p in trained if name in hidden], "factor": factor, "muon": True},
+        {"params": [p for name, p in trained if name in hidden], "factor": factor, "optimizer": "muon"},
         {"params": [p for name, p in trained if name not in hidden], "factor": factor},
     ]
 

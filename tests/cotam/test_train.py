@@ -40,9 +40,13 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CodecTrainConfig:
     return CodecTrainConfig(model=SMALL, data=data, crop_px=64, batch_size=4, max_steps=4, max_minutes=0)
 
 
-@pytest.mark.parametrize("model", [SMALL, ELIC], ids=["cotam", "elic-vbr"])
-def test_a_run_resumes_and_exports_a_codec(config: CodecTrainConfig, tmp_path: Path, model: CodecConfig) -> None:
-    config = dataclasses.replace(config, model=model)
+@pytest.mark.parametrize(
+    ("model", "optimizer"), [(SMALL, "adamw"), (SMALL, "soap"), (ELIC, "adamw")], ids=["cotam", "soap", "elic-vbr"]
+)
+def test_a_run_resumes_and_exports_a_codec(
+    config: CodecTrainConfig, tmp_path: Path, model: CodecConfig, optimizer: str
+) -> None:
+    config = dataclasses.replace(config, model=model, optimizer=optimizer)
     out = tmp_path / "run"
     train_codec(config, out, "cpu")
     longer = dataclasses.replace(config, max_steps=8)
