@@ -22,6 +22,7 @@ from cotam.importance import DEFAULT_STRENGTH
 from cotam.memory import keep_freed_memory
 from cotam.models.codec_model import HYPER_STRIDE, Q_STEPS, CodecModel
 from cotam.models.entropy_model import NUM_SKIPPED_SCALES, gaussian_bits, scale_of_index
+from cotam.models.precision import computes_in_bfloat16
 from cotam.models.transforms import LATENT_STRIDE
 from cotam.weights import LoadedCodec, parse_codec, read_weights
 
@@ -74,6 +75,7 @@ class Codec:
         self.device = torch.device(device)
         if self.device.type == "cpu":
             keep_freed_memory()
+        loaded.model.use_low_precision(computes_in_bfloat16(self.device))
         self.model: CodecModel = loaded.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.sha256 = loaded.sha256
         self.model_id = bytes.fromhex(loaded.sha256)[:MODEL_ID_BYTES]

@@ -30,7 +30,7 @@ FORMAT = "cotam-codec/1"
 # Packaged weights by name: the sha256 of cotam/packaged/{name}.safetensors.
 PACKAGED: dict[str, str] = {
     "cotam-adapter-tiny": "67a51070a3e9cd9fafd9bab0c4de96d29c86c9325159a8b50d995209aecd3462",
-    "cotam-base": "2ecb105185782c3efa965b35981f82ed0ef6aa6e43e4943f83dccbc4c3730624",
+    "cotam-base": "8d04feab2f80fa674a8d24132756ac6f4742e77f18d502a495991a97affa782c",
 }
 # Packaged folders by name: the sha256 of the weights in cotam/packaged/{name}.
 PACKAGED_FOLDERS: dict[str, tuple[str, str]] = {

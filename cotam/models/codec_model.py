@@ -30,7 +30,7 @@ from cotam.models.halves import merge_halves, split_halves
 from cotam.models.integer import BIAS_UNIT, IntConv2d
 from cotam.models.layers import pad_to_multiple, round_ste
 from cotam.models.tiling import Tile, map_tiles
-from cotam.models.transforms import LATENT_STRIDE
+from cotam.models.transforms import LATENT_STRIDE, AnalysisTransform, SynthesisTransform
 
 _DEAD_ZONE_STRENGTH = 0.5  # real residuals have heavier tails than Gaussians: all of it cuts off too much (measured)
 Q_STEPS = 4  # quality indexes per quality level: q = round((quality - 1) * Q_STEPS)
@@ -135,6 +135,12 @@ class CodecModel(nn.Module):
             if isinstance(module, IntConv2d):
                 module.freeze()
         return self
+
+    def use_low_precision(self, low: bool) -> None:
+        """Run the bodies of the transforms, of a backbone that has them, in bfloat16; nothing exact depends on them."""
+        for transform in (self.g_a, self.g_s):
+            if isinstance(transform, AnalysisTransform | SynthesisTransform):
+                transform.low_precision = low
 
     @torch.no_grad()
     def init_from_patches(self, patches: Tensor) -> None:

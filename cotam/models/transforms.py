@@ -11,6 +11,8 @@ transform coder; the convolutional body learns what a linear block transform can
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +27,13 @@ _PATCH_DIM = 3 * LATENT_STRIDE**2
 
 
 class AnalysisTransform(nn.Module):
-    """``g_a``: float RGB (B, 3, H, W) in [0, 1], H and W multiples of 16, to ``y`` (B, M, H/16, W/16)."""
+    """``g_a``: float RGB (B, 3, H, W) in [0, 1], H and W multiples of 16, to ``y`` (B, M, H/16, W/16).
+
+    Attributes:
+        low_precision: whether the body runs in bfloat16.
+    """
+
+    low_precision = False
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
@@ -44,12 +52,20 @@ class AnalysisTransform(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x - 0.5
-        y: Tensor = self.linear(x) + _Y_SCALE * self.body(x)
+        with _precision(x, self.low_precision):
+            features = self.body(x)
+        y: Tensor = self.linear(x) + _Y_SCALE * features
         return y
 
 
 class SynthesisTransform(nn.Module):
-    """``g_s``: ``y_hat`` (B, M, h, w) to float RGB (B, 3, 16 h, 16 w), not clipped."""
+    """``g_s``: ``y_hat`` (B, M, h, w) to float RGB (B, 3, 16 h, 16 w), not clipped.
+
+    Attributes:
+        low_precision: whether the body runs in bfloat16.
+    """
+
+    low_precision = False
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
@@ -69,7 +85,14 @@ class SynthesisTransform(nn.Module):
 
     def forward(self, y_hat: Tensor) -> Tensor:
         x = join_blocks(self.linear(y_hat), LATENT_STRIDE)
-        return x + join_blocks(_PIXEL_SCALE * self.body(y_hat) + 0.5, 8)
+        with _precision(y_hat, self.low_precision):
+            features = self.body(y_hat)
+        return x + join_blocks(_PIXEL_SCALE * features + 0.5, 8)
+
+
+def _precision(x: Tensor, low: bool) -> AbstractContextManager[object]:
+    """What a body runs in: it adds little to the linear path, so 8 bits are enough. Else whatever is set outside."""
+    return torch.autocast(x.device.type, torch.bfloat16) if low else nullcontext()
 
 
 def halo(config: CodecConfig) -> int:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cotam.models.precision import computes_in_bfloat16
 from cotam.train.config import Schedule
 
 Log = Callable[[dict[str, Any]], None]
@@ -63,7 +64,7 @@ class Trainer(ABC, Generic[M, B]):
         self.resumed = checkpoint.exists()
         if self.resumed:
             self._load(checkpoint)
-        self.bf16 = _supports_bf16(self.device) if schedule.bf16 == "auto" else bool(schedule.bf16)
+        self.bf16 = computes_in_bfloat16(self.device) if schedule.bf16 == "auto" else bool(schedule.bf16)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.num_ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.seed = schedule.seed + 2 * self.step + self.rank
@@ -231,17 +232,3 @@ def _learning_rate(schedule: Schedule, step: int, progress: float) -> float:
     warmup = min(1.0, (step + 1) / max(1, schedule.warmup_steps))
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return schedule.learning_rate * warmup * (schedule.final_lr_fraction + (1 - schedule.final_lr_fraction) * cosine)
-
-
-def _supports_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return "avx512_bf16" in _cpu_flags() or "amx_bf16" in _cpu_flags()
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
