@@ -29,7 +29,7 @@ from cotam.store.fs import split_uri
 FORMAT = "cotam-codec/1"
 # Packaged weights by name: the sha256 of cotam/packaged/{name}.safetensors.
 PACKAGED: dict[str, str] = {
-    "cotam-adapter-tiny": "67a51070a3e9cd9fafd9bab0c4de96d29c86c9325159a8b50d995209aecd3462",
+    "cotam-adapter-tiny": "d6ea8d28b0715dc92cd60dca4e5e65e72fc9a1410cb6063206d72f8d51090819",
     "cotam-base": "8d04feab2f80fa674a8d24132756ac6f4742e77f18d502a495991a97affa782c",
 }
 # Packaged folders by name: the sha256 of the weights in cotam/packaged/{name}.
