@@ -128,8 +128,8 @@ def _resample(values: NDArray[np.float32], rows: int, columns: int) -> NDArray[n
 
 
 def _normalise(attention: NDArray[np.float32]) -> ImportanceMap:
-    # Attention spans orders of magnitude: without the root, all but the few first places would be alike.
-    root = np.sqrt(attention)
+    # Attention spans orders of magnitude: without a root, all but the few first places would be alike.
+    root = np.cbrt(attention)
     low, high = root.min(), np.quantile(root, 1 - _TOP_FRACTION)
     if high <= low:
         return np.zeros_like(root)
