@@ -37,8 +37,10 @@ from pipelines.counter import Counts, Report
 from pipelines.events import PartitionEvents
 from pipelines.progress import OnProgress, Progress, Reporter, polling
 
-_TASKS_PER_WAVE = 64  # what the driver holds at a time, or
-_TASKS_PER_WORKER = 16  # if that is more: so many at least, while there are partitions, and no worker idles for long
+# A wave is what the driver holds at a time: so many tasks, or partitions if that is less, but enough for all workers.
+_TASKS_PER_WAVE = 250
+_PARTITIONS_PER_WAVE = 2**14
+_TASKS_PER_WORKER = 16  # while there are partitions: no worker idles for long at the end
 _PARTITIONS_PER_TASK = 512  # at most: a task of Ray Data costs the driver some 10 ms and 15 kB
 _WORKER_ATTEMPTS = 3  # a partition that takes down this many workers is left alone
 _SOURCE_ATTEMPTS = 3
@@ -145,7 +147,8 @@ def _run_rounds(
         workers = pool_size(resources, len(pending))
         per_task = max(1, min(per_task, len(pending) // (_TASKS_PER_WORKER * workers)))
         left, num_settled = [], 0
-        for wave in pending.chunks(per_task * max(_TASKS_PER_WAVE, _TASKS_PER_WORKER * workers)):
+        per_wave = max(min(_TASKS_PER_WAVE * per_task, _PARTITIONS_PER_WAVE), _TASKS_PER_WORKER * workers * per_task)
+        for wave in pending.chunks(per_wave):
             settled = _run_wave(make_task, list(wave.chunks(per_task)), store_uri, resources, workers, progress)
             left.append(wave.without(settled))
             num_settled += len(settled)
