@@ -51,6 +51,7 @@ def init_ray(address: str | None = None, num_cpus: int | None = None) -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     local: dict[str, Any] = {
+        "address": "local",  # or Ray takes whatever cluster was started here last, be it dead
         # One CPU more than there is, so that a worker a core leaves room for Ray's own tasks.
         "num_cpus": num_cpus or (os.cpu_count() or 1) + 1,
         "include_dashboard": False,

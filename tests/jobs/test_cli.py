@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,8 +19,9 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
 COTAM = [sys.executable, "-m", "jobs.cli"]
 
 
-def cotam(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COTAM, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+def cotam(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {**ENVIRONMENT, **environment}
+    return subprocess.run([*COTAM, *arguments], capture_output=True, text=True, env=environment, timeout=300)
 
 
 def test_errors_are_one_line_and_exit_2(tmp_path: Path) -> None:
@@ -72,3 +74,12 @@ def test_kill_9_in_the_middle_then_the_same_command(tmp_path: Path) -> None:
     assert damaged.returncode == 3 and shard.name in damaged.stdout
     assert json.loads(cotam("status", str(dst), "--json").stdout)["num_rows"] == 72
     assert "00000" in cotam("inspect", str(dst), "--limit", "1").stdout
+
+
+def test_a_cluster_that_died_on_this_machine_is_in_nobodys_way(tmp_path: Path) -> None:
+    write_webdataset(tmp_path / "in", 1, 2, width=96, height=64)
+    with tempfile.TemporaryDirectory(prefix="r-", ignore_cleanup_errors=True) as folder:  # short: of sockets
+        (Path(folder) / "ray").mkdir()
+        (Path(folder) / "ray/ray_current_cluster").write_text("127.0.0.1:1")  # what a killed Ray leaves behind
+        result = cotam("encode", str(tmp_path / "in"), str(tmp_path / "out"), RAY_TMPDIR=folder)
+    assert result.returncode == 0 and "2 images: 2 rows" in result.stdout, result.stdout + result.stderr
