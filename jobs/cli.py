@@ -6,7 +6,6 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
 import typer
 from typer.exceptions import TyperException
@@ -55,8 +54,8 @@ def main() -> None:
     """Entry point of ``cotam``. Exit status: 0 done, 1 error, 2 usage, 3 done except for failed partitions."""
     if sys.argv[1:2] != ["submit"]:
         hide_storage_options()
-    if os.environ.get("RAY_AUTH_TOKEN") or Path("~/.ray/auth_token").expanduser().exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray looks at neither by itself, and at this when imported
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray does not conclude that by itself, and looks when imported
     sys.exit(_run())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -38,6 +39,9 @@ def submit(
     check_command(arguments)
     for text in (address, *arguments):  # Ray shows them to whoever may ask
         refuse_credentials(text)
+    # Only here: a token that lies about keeps a driver's workers off a cluster that asks for none.
+    if Path("~/.ray/auth_token").expanduser().exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
