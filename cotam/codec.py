@@ -75,7 +75,7 @@ class Codec:
         self.device = torch.device(device)
         if self.device.type == "cpu":
             keep_freed_memory()
-        loaded.model.use_low_precision(computes_in_bfloat16(self.device))
+            loaded.model.use_low_precision(computes_in_bfloat16(self.device))
         self.model: CodecModel = loaded.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.sha256 = loaded.sha256
         self.model_id = bytes.fromhex(loaded.sha256)[:MODEL_ID_BYTES]

@@ -104,6 +104,14 @@ def _bfloat16(codec: Codec) -> Iterator[Codec]:
 
 
 @contextmanager
+def _float32(codec: Codec) -> Iterator[Codec]:
+    """As on a CPU without bfloat16."""
+    other = _other_codec(codec)
+    other.model.use_low_precision(False)
+    yield other
+
+
+@contextmanager
 def _without_onednn(codec: Codec) -> Iterator[Codec]:
     with torch.backends.mkldnn.flags(enabled=False):
         yield codec
@@ -137,7 +145,14 @@ def _compiled(codec: Codec) -> Iterator[Codec]:
 
 @pytest.mark.parametrize(
     "another_way",
-    [_bfloat16, _without_onednn, _contiguous, _reduced_float32, pytest.param(_compiled, marks=pytest.mark.slow)],
+    [
+        _bfloat16,
+        _float32,
+        _without_onednn,
+        _contiguous,
+        _reduced_float32,
+        pytest.param(_compiled, marks=pytest.mark.slow),
+    ],
 )
 def test_encoded_one_way_decodes_the_other_way(
     codec: Codec, images: list[RGBImage], coded: Coded, another_way: Callable[[Codec], AbstractContextManager[Codec]]
