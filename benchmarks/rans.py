@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from cotam.codec import Codec
 from cotam.entropy.rans import RansCoder, Segment
-from cotam.entropy.tables import NUM_SCALES, PRECISION_BITS, Tables, gaussian_tables, scales
+from cotam.entropy.tables import NUM_SCALES, PRECISION_BITS, Tables, build_tables, scales
 from cotam.models.entropy_model import NUM_SKIPPED_SCALES
 
 _QUALITY = 4.0
@@ -48,7 +48,7 @@ def main() -> None:
         "num_symbols_compressai": args.num_symbols_compressai,
         "repeats": args.repeats,
         "clock": "CPU time of the thread",
-        **_compare(gaussian_tables(), symbols, rows, args.num_symbols_compressai, args.repeats),
+        **_compare(build_tables(), symbols, rows, args.num_symbols_compressai, args.repeats),
     }
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")

@@ -45,11 +45,12 @@ class Stages:
 def watch(codec: Codec, clock: Clock = time.perf_counter) -> Stages:
     """Stages of this codec's encoding and decoding."""
     stages = Stages(clock)
-    stages.wrap("g_a", codec.model.g_a, "forward")
-    stages.wrap("h_a", codec.model.h_a, "forward")
-    stages.wrap("gains and g_s", codec.model, "reconstruct")
-    for name in ("hyper", "first_params", "second_params"):
-        stages.wrap("integer network", codec.model.entropy_parameters, name)
+    for model in codec.models.values():
+        stages.wrap("g_a", model.g_a, "forward")
+        stages.wrap("h_a", model.h_a, "forward")
+        stages.wrap("gains and g_s", model, "reconstruct")
+        for name in ("hyper", "first_params", "second_params"):
+            stages.wrap("integer network", model.entropy_parameters, name)
     stages.wrap("rANS", codec._coder, "encode")
     stages.wrap("rANS", RansDecoder, "decode")
     stages.wrap("skipping", cotam.codec, "drop_skipped")

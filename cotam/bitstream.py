@@ -15,7 +15,7 @@ from __future__ import annotations
 import zlib
 from typing import NamedTuple
 
-VERSION = 1
+VERSION = 2
 MODEL_ID_BYTES = 4
 MAX_SIDE_PX = 2**24
 _HAS_MAP = 4

@@ -14,14 +14,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cotam.bitstream import MODEL_ID_BYTES, Bitstream, BitstreamError, ModelMismatchError, pack, unpack
+from cotam.config import Q_STEPS
 from cotam.entropy.quality_map import decode_quality_map, encode_quality_map
 from cotam.entropy.rans import RansCoder, RansDecoder, RansError
 from cotam.entropy.skip import drop_skipped, restore_skipped
+from cotam.entropy.tables import GAUSSIAN_ROWS
 from cotam.image import MAX_PIXELS, RGBImage, check_rgb
 from cotam.importance import DEFAULT_STRENGTH
 from cotam.memory import keep_freed_memory
-from cotam.models.codec_model import HYPER_STRIDE, Q_STEPS, CodecModel
+from cotam.models.causal import CausalPredictor
+from cotam.models.codec_model import HYPER_STRIDE, CodecModel
 from cotam.models.entropy_model import NUM_SKIPPED_SCALES, gaussian_bits, scale_of_index
+from cotam.models.integer import ACTIVATION_MAX
+from cotam.models.narrow import narrowed
 from cotam.models.precision import computes_in_bfloat16
 from cotam.models.transforms import LATENT_STRIDE
 from cotam.weights import LoadedCodec, parse_codec, read_weights
@@ -36,8 +41,9 @@ _MAX_BATCH_POSITIONS = 2**17
 class CompressedImage(NamedTuple):
     """One image between the network and the entropy coder.
 
-    width, height: of the image, in pixels. quality_index: int, or uint8 (h, w) for a map. z: int16 (N_z, hz, wz).
-    symbols, rows: int16 and uint8 (2, h, w, M/2), the halves of y relative to its means, and their CDF rows.
+    width, height: of the image, in pixels. quality_index: int, or uint8 (h, w) for a map. z: int16 (N_z, hz, wz), less
+    its prediction. symbols, rows: int16 and uint8 (2, h, w, m/2), the halves of y relative to its means, and their CDF
+    rows, m being the number of channels of the image's highest quality.
     """
 
     width: int
@@ -51,7 +57,7 @@ class CompressedImage(NamedTuple):
 class DecompressedImage(NamedTuple):
     """One image between the entropy decoder and the synthesis.
 
-    y_fixed: (2, M/2, h, w), the halves of y_hat: integers in float32, units of 1/MEAN_STEPS of a quantisation step.
+    y_fixed: (2, m/2, h, w), the halves of y_hat: integers in float32, units of 1/MEAN_STEPS of a quantisation step.
     """
 
     width: int
@@ -69,6 +75,10 @@ class Codec:
         loaded: the model with its tables and identity.
         device: where the networks run; entropy coding always runs on the CPU.
         max_pixels: larger images are refused, in encoding and in decoding.
+
+    Attributes:
+        model: the whole model. models: by number of channels of ``y``, the model cut to them (``cotam.models.narrow``).
+        tables: CDF tables. sha256, model_id: of the weights.
     """
 
     def __init__(self, loaded: LoadedCodec, device: str = "cpu", max_pixels: int = MAX_PIXELS) -> None:
@@ -77,12 +87,14 @@ class Codec:
             keep_freed_memory()
             loaded.model.use_low_precision(computes_in_bfloat16(self.device))
         self.model: CodecModel = loaded.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.models = {m: self._narrowed(m) for m in self.model.config.M_levels or (self.model.config.M,)}
         self.sha256 = loaded.sha256
         self.model_id = bytes.fromhex(loaded.sha256)[:MODEL_ID_BYTES]
         self.max_pixels = max_pixels
         self.tables = loaded.tables
         self._coder = RansCoder(loaded.tables)
-        self._z_indexes = loaded.model.z_indexes().cpu().numpy().astype(np.uint8)
+        self._z_rows_of_level = loaded.model.z_indexes().cpu().numpy().astype(np.uint8) + GAUSSIAN_ROWS
+        self._z_context = CausalPredictor(loaded.model.z_context.frozen_integers())
 
     @classmethod
     def load(cls, name_or_path_or_uri: str = "cotam-base", device: str = "cpu", max_pixels: int = MAX_PIXELS) -> Codec:
@@ -209,7 +221,7 @@ class Codec:
                     f"image of {image.shape[1]}x{image.shape[0]} pixels, over the limit of {self.max_pixels}"
                 )
         keys = [
-            (-(-i.shape[0] // LATENT_STRIDE), -(-i.shape[1] // LATENT_STRIDE), isinstance(q, int))
+            (-(-i.shape[0] // LATENT_STRIDE), -(-i.shape[1] // LATENT_STRIDE), isinstance(q, int), self._num_channels(q))
             for i, q in zip(images, quality_indexes, strict=True)
         ]
         return _in_groups(
@@ -236,7 +248,9 @@ class Codec:
         """Entropy decoding and the integer network, in batches of one latent size. Errors as ``decode``."""
         streams = [self._unpack(s) for s in strings]
         quality = [self._read_quality(s) for s in streams]
-        keys = [(*_latent_size(s), isinstance(q, int)) for s, q in zip(streams, quality, strict=True)]
+        keys = [
+            (*_latent_size(s), isinstance(q, int), self._num_channels(q)) for s, q in zip(streams, quality, strict=True)
+        ]
         return _in_groups(
             keys,
             self._group_size,
@@ -245,13 +259,34 @@ class Codec:
 
     def reconstruct(self, images: Sequence[DecompressedImage]) -> list[RGBImage]:
         """The device stage of decoding: the synthesis, in batches of one latent size."""
-        keys = [(*i.y_fixed.shape[2:], isinstance(i.quality_index, int)) for i in images]
+        keys = [
+            (*i.y_fixed.shape[2:], isinstance(i.quality_index, int), self._num_channels(i.quality_index)) for i in images
+        ]
         return _in_groups(keys, self._group_size, lambda at: self._reconstruct_group([images[i] for i in at]))
 
     @torch.inference_mode()
     def latents(self, images: Sequence[DecompressedImage]) -> list[Tensor]:
         """``y_hat`` of each image on this codec's device, float32 (M, h, w): what an adapter takes."""
-        return [self.model.y_hat(i.y_fixed[None], self._q([i.quality_index]))[0] for i in images]
+        latents = []
+        for image in images:
+            y_hat = self._model(image.quality_index).y_hat(image.y_fixed[None], self._q([image.quality_index]))[0]
+            latents.append(F.pad(y_hat, (0, 0, 0, 0, 0, self.model.config.M - len(y_hat))))
+        return latents
+
+    def _narrowed(self, num_channels: int) -> CodecModel:
+        if num_channels == self.model.config.M:
+            return self.model
+        narrow: CodecModel = narrowed(self.model, num_channels).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.device.type == "cpu":
+            narrow.use_low_precision(computes_in_bfloat16(self.device))
+        return narrow
+
+    def _num_channels(self, quality: QualityIndex) -> int:
+        """How many channels of ``y`` an image has: those of its highest quality."""
+        return self.model.config.num_channels(quality if isinstance(quality, int) else int(quality.max()))
+
+    def _model(self, quality: QualityIndex) -> CodecModel:
+        return self.models[self._num_channels(quality)]
 
     def _group_size(self, height: int, width: int, *_: object) -> int:
         """How many latents of one size make a batch."""
@@ -261,7 +296,7 @@ class Codec:
     def _compress_group(self, images: list[RGBImage], quality: list[QualityIndex]) -> list[CompressedImage]:
         padded = [torch.from_numpy(_pad(image)) for image in images]
         x = (torch.stack(padded) if len(padded) > 1 else padded[0][None]).to(self.device).permute(0, 3, 1, 2)
-        latents = self.model.compress(x, self._q(quality))
+        latents = self._model(quality[0]).compress(x, self._q(quality))
         z, symbols, rows = (t.contiguous().cpu().numpy() for t in latents)
         return [
             CompressedImage(image.shape[1], image.shape[0], quality[k], z[k], symbols[k], rows[k])
@@ -279,19 +314,20 @@ class Codec:
         h, w = _latent_size(streams[0])
         hz, wz = -(-h // HYPER_STRIDE), -(-w // HYPER_STRIDE)
         config = self.model.config
-        q = self._q(quality)
+        q, model = self._q(quality), self._model(quality[0])
         try:
             decoders = [self._coder.decoder(s.latent_string, s.lanes_log2) for s in streams]
-            z = np.stack([d.decode(self._z_rows(k, h, w)) for d, k in zip(decoders, quality, strict=True)])
-            z_hat = torch.from_numpy(z.reshape(len(streams), config.N_z, hz, wz)).to(self.device).float()
-            if bool((z_hat.abs() > 127).any()):
+            residuals = [d.decode(self._z_rows(k, h, w)) for d, k in zip(decoders, quality, strict=True)]
+            z = np.stack([self._z_context.restore(r.reshape(config.N_z, hz, wz)) for r in residuals])
+            if (np.abs(z) > ACTIVATION_MAX).any():
                 raise RansError("hyper-latent out of range")
-            hyper, first = self.model.decompress_first(z_hat, q, h, w)
+            z_hat = torch.from_numpy(z).to(self.device).float()
+            hyper, first = model.decompress_first(z_hat, q, h, w)
             symbols_first = self._decode_half(decoders, first.indexes, executor)
-            y_first = self.model.y_fixed(symbols_first, first)
-            second = self.model.decompress_second(hyper, y_first, q)
+            y_first = model.y_fixed(symbols_first, first)
+            second = model.decompress_second(hyper, y_first, q)
             symbols_second = self._decode_half(decoders, second.indexes, executor)
-            y_second = self.model.y_fixed(symbols_second, second)
+            y_second = model.y_fixed(symbols_second, second)
             for decoder in decoders:
                 decoder.finish()
         except RansError as error:
@@ -316,7 +352,7 @@ class Codec:
 
     def _reconstruct_group(self, images: list[DecompressedImage]) -> list[RGBImage]:
         y_fixed = torch.stack([i.y_fixed for i in images])
-        x_hat = self.model.reconstruct(y_fixed, self._q([i.quality_index for i in images]))
+        x_hat = self._model(images[0].quality_index).reconstruct(y_fixed, self._q([i.quality_index for i in images]))
         pixels = x_hat.permute(0, 2, 3, 1).cpu().numpy()
         return [np.ascontiguousarray(p[: i.height, : i.width]) for p, i in zip(pixels, images, strict=True)]
 
@@ -349,7 +385,7 @@ class Codec:
         q = torch.from_numpy(np.atleast_2d(np.asarray(quality, dtype=np.float32)))[None, None]
         levels = self.model.z_levels(q)[0].numpy()
         hz, wz = -(-h // HYPER_STRIDE), -(-w // HYPER_STRIDE)
-        rows = self._z_indexes[np.broadcast_to(levels, (hz, wz))]  # (hz, wz, N_z)
+        rows = self._z_rows_of_level[np.broadcast_to(levels, (hz, wz))]  # (hz, wz, N_z)
         return np.ascontiguousarray(rows.transpose(2, 0, 1)).ravel()
 
 
@@ -371,10 +407,10 @@ def _map(executor: Executor | None, function: Callable[[A], B], items: Iterable[
 
 
 def _in_groups(
-    keys: Sequence[tuple[int, int, bool]], size: Callable[..., int], function: Callable[[list[int]], list[B]]
+    keys: Sequence[tuple[int, int, bool, int]], size: Callable[..., int], function: Callable[[list[int]], list[B]]
 ) -> list[B]:
     """Apply ``function`` to positions that share a key, ``size(*key)`` at a time; results in the original order."""
-    groups: dict[tuple[int, int, bool], list[int]] = {}
+    groups: dict[tuple[int, int, bool, int], list[int]] = {}
     for position, key in enumerate(keys):
         groups.setdefault(key, []).append(position)
     results: dict[int, B] = {}

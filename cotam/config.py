@@ -12,6 +12,7 @@ import yaml
 
 T = TypeVar("T")
 BACKBONES = ("cotam", "elic")
+Q_STEPS = 4  # quality indexes per quality level: q = round((quality - 1) * Q_STEPS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,7 @@ class CodecConfig:
     Attributes:
         backbone: the transforms: "cotam" or "elic" (``cotam.models.backbones``).
         M: channels of the latent ``y`` at 1/16.
+        M_levels: "cotam": how many of them quality levels 1..L have, even and not falling; empty: all. Low levels need few.
         N8, N16: "cotam": channels of the bodies of ``g_a`` and ``g_s`` at 1/8 and 1/16.
         analysis_blocks, synthesis_blocks: "cotam": residual blocks of ``g_a`` and ``g_s`` at 1/8 and at 1/16.
         N: "elic": channels of the transforms.
@@ -31,6 +33,7 @@ class CodecConfig:
 
     backbone: str = "cotam"
     M: int = 192
+    M_levels: tuple[int, ...] = ()
     N8: int = 128
     N16: int = 256
     analysis_blocks: tuple[int, int] = (2, 0)
@@ -45,11 +48,26 @@ class CodecConfig:
             raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, not {self.backbone!r}")
         if self.M % 2:
             raise ValueError(f"M must be even, not {self.M}: y is coded in two halves of its channels")
+        if self.M_levels:
+            if self.backbone != "cotam" or len(self.M_levels) != self.num_levels:
+                raise ValueError(f"M_levels is for backbone cotam, a number for each of the {self.num_levels} levels")
+            widths = (2, *self.M_levels, self.M)
+            if list(widths) != sorted(widths) or any(m % 2 for m in widths):
+                raise ValueError(f"M_levels must be even, must not fall, and must not exceed M: {self.M_levels}")
 
     @property
     def num_levels(self) -> int:
         """Number of quality levels L with a gain of their own."""
         return len(self.lmbdas)
+
+    @property
+    def num_q(self) -> int:
+        """Number of quality indexes."""
+        return (self.num_levels - 1) * Q_STEPS + 1
+
+    def num_channels(self, q: int) -> int:
+        """How many channels ``y`` has at quality index ``q``: those of the next level that is no lower."""
+        return self.M_levels[-(-q // Q_STEPS)] if self.M_levels else self.M
 
 
 def from_mapping(cls: type[T], values: dict[str, Any], where: str = "config") -> T:

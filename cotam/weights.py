@@ -21,16 +21,16 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from cotam.config import CodecConfig, from_mapping
-from cotam.entropy.tables import Tables, check_tables, gaussian_tables, scales
+from cotam.entropy.tables import Tables, build_tables, check_tables, scales
 from cotam.models.codec_model import CodecModel
 from cotam.models.integer import BIAS_UNIT, IntConv2d
 from cotam.store.fs import split_uri
 
-FORMAT = "cotam-codec/1"
+FORMAT = "cotam-codec/2"
 # Packaged weights by name: the sha256 of cotam/packaged/{name}.safetensors.
 PACKAGED: dict[str, str] = {
     "cotam-adapter-tiny": "d6ea8d28b0715dc92cd60dca4e5e65e72fc9a1410cb6063206d72f8d51090819",
-    "cotam-base": "8d04feab2f80fa674a8d24132756ac6f4742e77f18d502a495991a97affa782c",
+    "cotam-base": "fed58987671be3e84417bc8afdfe43ca423bad839e3da8e3be0df2581b5d29cd",
 }
 # Packaged folders by name: the sha256 of the weights in cotam/packaged/{name}.
 PACKAGED_FOLDERS: dict[str, tuple[str, str]] = {
@@ -103,7 +103,7 @@ def dump_codec(model: CodecModel, tables: Tables | None = None) -> bytes:
 
     Args:
         model: the codec.
-        tables: those that it was loaded with; None builds them, which may differ in a unit between machines.
+        tables: those that it was loaded with, or fitted; None builds Gaussian ones.
 
     Raises:
         ValueError: an integer layer could overflow its accumulator.
@@ -123,7 +123,7 @@ def dump_codec(model: CodecModel, tables: Tables | None = None) -> bytes:
         arrays[f"{name}.gain"] = ints.gain.cpu().numpy().astype(np.int8)
         arrays[f"{name}.exponent"] = np.log2(ints.scale.cpu().numpy()).round().astype(np.int8)
     arrays["z_indexes"] = model.z_indexes().cpu().numpy().astype(np.uint8)
-    tables = tables or gaussian_tables()
+    tables = tables or build_tables()
     arrays.update({"tables.cdf": tables.cdf, "tables.start": tables.start, "tables.radius": tables.radius})
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     metadata = {"format": FORMAT, "config": json.dumps(dataclasses.asdict(model.config), sort_keys=True)}

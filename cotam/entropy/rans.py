@@ -10,7 +10,7 @@ A string is made of segments because a decoder learns the CDF rows of a later se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numba
 import numpy as np
@@ -91,7 +91,7 @@ class RansDecoder:
         self._states = np.frombuffer(string, dtype="<u4", count=1 << lanes_log2).astype(np.uint32)
         words = np.frombuffer(string, dtype="<u2", offset=4 << lanes_log2).astype(np.uint16)
         self._num_words = len(words)
-        self._words = np.append(words, np.zeros(2, dtype=np.uint16))  # _decode looks up to two words ahead
+        self._words = np.append(words, np.zeros(2, dtype=np.uint16))  # decode_segment looks up to two words ahead
         self._position = 0
         if (self._states < _LOW).any():
             raise RansError("entropy-coded substream starts with an impossible state")
@@ -99,12 +99,27 @@ class RansDecoder:
     def decode(self, rows: NDArray[np.uint8]) -> NDArray[np.int16]:
         """The next segment's symbols, int16 (n,), for CDF rows uint8 (n,). Raises RansError at the string's end."""
         symbols = np.empty(len(rows), dtype=np.int16)
-        self._position = _decode(
+        self._position = decode_segment(
             self._words, self._position, self._states, rows, self._coder.entries, self._coder.prefix, symbols
         )
+        self._check_position()
+        return symbols
+
+    def decode_with(self, kernel: Callable[..., int], *arguments: object) -> None:
+        """Decode symbols whose rows depend on symbols before them. Raises RansError at the string's end.
+
+        Args:
+            kernel: ``kernel(words, at, states, entries, prefix, *arguments)`` in numba, which calls ``decode_segment``
+                and returns its last ``at``, at once when that is past the last word (two are appended).
+            arguments: what it writes the symbols to, and the rest that it needs.
+        """
+        coder = self._coder
+        self._position = kernel(self._words, self._position, self._states, coder.entries, coder.prefix, *arguments)
+        self._check_position()
+
+    def _check_position(self) -> None:
         if self._position > self._num_words:
             raise RansError("entropy-coded substream ends too early")
-        return symbols
 
     def finish(self) -> None:
         """Check that the string is used up and every lane is back at its start. Raises RansError otherwise."""
@@ -143,7 +158,7 @@ def _encode(symbols, rows, words, at, states, entries, inverse, centre, radius):
 
 
 @numba.njit(nogil=True, cache=True)
-def _decode(words, at, states, rows, entries, prefix, symbols):  # type: ignore[no-untyped-def]
+def decode_segment(words, at, states, rows, entries, prefix, symbols):  # type: ignore[no-untyped-def]
     """Pop one segment. Returns the position after its words: past the last word if there were not enough."""
     num_words = len(words) - 2
     last_lane = np.uint64(len(states) - 1)

@@ -1,5 +1,7 @@
-"""Integer CDF tables: one row per scale of a zero-mean discretised Gaussian, 16 bits, with an escape symbol.
+"""Integer CDF tables: two rows per scale, 16 bits, with an escape symbol.
 
+Rows 0 to NUM_SCALES - 1 are for ``y``: the distribution that symbols really have where the model predicts that scale.
+The others are zero-mean discretised Gaussians, for the hyper-latent and quality maps.
 The tables are part of a checkpoint (stored as integers, never recomputed by a decoder), so they cannot differ between
 machines. Row r covers symbols -radius[r] .. radius[r] and, last, the escape symbol, which stands for anything outside.
 """
@@ -13,18 +15,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 NUM_SCALES = 64
+GAUSSIAN_ROWS = NUM_SCALES  # the first row of Gaussians
+NUM_ROWS = 2 * NUM_SCALES
+COUNTED_MAX = 1279  # five deviations of the largest scale
 SCALE_MIN = 0.11
 SCALE_MAX = 256.0
 PRECISION_BITS = 16
 _TAIL_MASS = 2.0**-15  # mass left to the escape symbol: rare enough to cost nothing, common enough for a frequency
+_PRIOR_COUNT = 64  # a symbol, of what the Gaussian weighs in a fitted row
 
 
 class Tables(NamedTuple):
     """Frequencies of every row, concatenated.
 
     cdf: uint32 (K,), cumulative frequencies; row r is cdf[start[r] : start[r + 1]], from 0, its last entry 65536.
-    start: int32 (NUM_SCALES + 1,), where each row begins in ``cdf``.
-    radius: int32 (NUM_SCALES,), largest magnitude with a symbol of its own.
+    start: int32 (NUM_ROWS + 1,), where each row begins in ``cdf``.
+    radius: int32 (NUM_ROWS,), largest magnitude with a symbol of its own.
     """
 
     cdf: NDArray[np.uint32]
@@ -37,30 +43,55 @@ def scales() -> NDArray[np.float64]:
     return np.exp(np.linspace(math.log(SCALE_MIN), math.log(SCALE_MAX), NUM_SCALES))
 
 
-def gaussian_tables() -> Tables:
-    """Build the tables of ``scales()``; done once, when a checkpoint is exported."""
+def build_tables(counts: NDArray[np.int64] | None = None) -> Tables:
+    """Build the tables; done once, when a checkpoint is exported.
+
+    Args:
+        counts: int (NUM_SCALES, 2 COUNTED_MAX + 1), how often each symbol from -COUNTED_MAX to COUNTED_MAX was coded
+            under each scale index; None takes Gaussians for them, too. Dead zones and heavy tails make real symbols
+            differ from Gaussians, at the cost of some 2 % of the bits.
+    """
+    symbols = np.arange(-COUNTED_MAX, COUNTED_MAX + 1)
+    gaussians = [_gaussian_mass(symbols, scale) for scale in scales()]
+    fitted = gaussians
+    if counts is not None:
+        both_signs = counts + counts[:, ::-1]
+        fitted = []
+        for row, gaussian in zip(both_signs, gaussians, strict=True):
+            width = 1 + np.count_nonzero(gaussian > 2.0**-PRECISION_BITS)  # a Gaussian fills in what was seldom seen
+            fitted.append((row + _PRIOR_COUNT * width * gaussian) / (row.sum() + _PRIOR_COUNT * width))
     rows, radii = [], []
-    for scale in scales():
-        radius = 1
-        while math.erfc((radius + 0.5) / (scale * math.sqrt(2))) > _TAIL_MASS:
-            radius += 1
-        edges = np.arange(-radius, radius + 2) - 0.5
-        cumulative = np.array([0.5 * math.erfc(-e / (scale * math.sqrt(2))) for e in edges])
-        mass = np.append(np.diff(cumulative), max(1.0 - (cumulative[-1] - cumulative[0]), 2.0**-16))
-        rows.append(np.concatenate([[0], np.cumsum(_to_frequencies(mass))]))
+    for mass in (*fitted, *gaussians):
+        radius = max(1, int(np.argmax(1 - _mass_within(mass) <= _TAIL_MASS)))
+        kept = mass[COUNTED_MAX - radius : COUNTED_MAX + radius + 1]
+        rows.append(np.concatenate([[0], np.cumsum(_to_frequencies(np.append(kept, max(1 - kept.sum(), 2.0**-16))))]))
         radii.append(radius)
     start = np.concatenate([[0], np.cumsum([len(r) for r in rows])])
     return Tables(np.concatenate(rows).astype(np.uint32), start.astype(np.int32), np.array(radii, dtype=np.int32))
 
 
+def _gaussian_mass(symbols: NDArray[np.int64], scale: float) -> NDArray[np.float64]:
+    """Mass of a zero-mean Gaussian within half a step of each of ``symbols``, which follow each other."""
+    edges = np.append(symbols, symbols[-1] + 1) - 0.5
+    return np.diff([0.5 * math.erfc(-e / (scale * math.sqrt(2))) for e in edges])
+
+
+def _mass_within(mass: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mass of the symbols up to each magnitude from 0 on."""
+    pairs = mass[COUNTED_MAX:] + mass[COUNTED_MAX::-1]
+    pairs[0] /= 2
+    within: NDArray[np.float64] = np.cumsum(pairs)
+    return within
+
+
 def check_tables(tables: Tables) -> None:
     """Raise ValueError unless every row is a proper CDF: used on tables that come from a file."""
     cdf, start, radius = tables
-    if start.shape != (NUM_SCALES + 1,) or radius.shape != (NUM_SCALES,) or start[0] != 0 or start[-1] != len(cdf):
+    if start.shape != (NUM_ROWS + 1,) or radius.shape != (NUM_ROWS,) or start[0] != 0 or start[-1] != len(cdf):
         raise ValueError("CDF tables: wrong number of rows")
     if (np.diff(start) != 2 * radius + 3).any() or (radius < 0).any():
         raise ValueError("CDF tables: row lengths and radii disagree")
-    for r in range(NUM_SCALES):
+    for r in range(NUM_ROWS):
         row = cdf[start[r] : start[r + 1]].astype(np.int64)
         if row[0] != 0 or row[-1] != 1 << PRECISION_BITS or (np.diff(row) <= 0).any():
             raise ValueError(f"CDF tables: row {r} is not a CDF")

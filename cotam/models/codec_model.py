@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cotam.config import CodecConfig
+from cotam.config import Q_STEPS, CodecConfig
 from cotam.entropy.rans import SYMBOL_MAX
 from cotam.entropy.tables import NUM_SCALES, PRECISION_BITS
 from cotam.models.backbones import backbone
@@ -22,18 +22,19 @@ from cotam.models.entropy_model import (
     GaussianParams,
     Hyper,
     HyperAnalysis,
+    channels_in_use,
     gaussian_bits,
     index_of_scale,
+    per_position,
     scale_of_index,
 )
 from cotam.models.halves import merge_halves, split_halves
-from cotam.models.integer import BIAS_UNIT, IntConv2d
+from cotam.models.integer import ACTIVATION_MAX, BIAS_UNIT, IntConv2d
 from cotam.models.layers import pad_to_multiple, round_ste
 from cotam.models.tiling import Tile, map_tiles
 from cotam.models.transforms import LATENT_STRIDE, AnalysisTransform, SynthesisTransform
 
 _DEAD_ZONE_STRENGTH = 0.5  # real residuals have heavier tails than Gaussians: all of it cuts off too much (measured)
-Q_STEPS = 4  # quality indexes per quality level: q = round((quality - 1) * Q_STEPS)
 HYPER_STRIDE = 4  # z positions are 4x4 latent positions
 HYPER_HALO = 4  # h_a reads 1 latent position around, h_s 1 at 1/16 and 1 at 1/32
 CONTEXT_HALO = 1
@@ -49,7 +50,7 @@ class ForwardOutput(NamedTuple):
 class Latents(NamedTuple):
     """Quantised latents of a batch.
 
-    z: int16 (B, N_z, hz, wz). symbols, indexes: int16 and uint8 (B, 2, h, w, M/2), both halves of y relative to its
+    z: int16 (B, N_z, hz, wz), less its prediction from the positions before. symbols, indexes: int16 and uint8 (B, 2, h, w, M/2), both halves of y relative to its
     means, and their CDF rows, in the order they are coded in.
     """
 
@@ -75,7 +76,7 @@ def _rounding_offset() -> Tensor:
 class QualityGains(nn.Module):
     """Per-level, per-channel gains of ``y`` and their learned inverses (after Cui et al. 2021, "gained VAE").
 
-    Levels between two anchors interpolate in the log domain.
+    Levels between two anchors interpolate in the log domain. Channels that a quality does not have get 0.
     """
 
     def __init__(self, config: CodecConfig) -> None:
@@ -85,19 +86,19 @@ class QualityGains(nn.Module):
         step = torch.sqrt(18 / (math.log(2) * 255**2 * lmbdas)).float()
         self.log_gain = nn.Parameter(-step.log()[:, None].repeat(1, config.M))
         self.log_inverse = nn.Parameter(step.log()[:, None].repeat(1, config.M))
+        self.register_buffer("in_use", channels_in_use(config), persistent=False)
 
     def forward(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """Gains and inverse gains, each (B, M, h, w), for quality indexes ``q`` (B, 1, h, w)."""
         return self._lookup(self.log_gain, q), self._lookup(self.log_inverse, q)
 
-    @staticmethod
-    def _lookup(table: Tensor, q: Tensor) -> Tensor:
+    def _lookup(self, table: Tensor, q: Tensor) -> Tensor:
         num_levels = table.shape[0]
         positions = torch.arange((num_levels - 1) * Q_STEPS + 1, device=table.device)
         low = (positions // Q_STEPS).clamp_max(num_levels - 2)
         weight = ((positions - low * Q_STEPS) / Q_STEPS)[:, None]
-        every = (table[low] * (1 - weight) + table[low + 1] * weight).exp()
-        return F.embedding(q[:, 0].long(), every).permute(0, 3, 1, 2)
+        every = (table[low] * (1 - weight) + table[low + 1] * weight).exp() * self.in_use
+        return per_position(every, q)
 
 
 class CodecModel(nn.Module):
@@ -116,12 +117,14 @@ class CodecModel(nn.Module):
         self.gains = QualityGains(config)
         self.h_a = HyperAnalysis(config)
         self.entropy_parameters = EntropyParameters(config)
+        self.z_context = IntConv2d(config.N_z, config.N_z, depthwise=True, causal=True, low=-ACTIVATION_MAX)
+        nn.init.zeros_(self.z_context.weight)
         self.z_log_scale = nn.Parameter(torch.zeros(config.num_levels, config.N_z))
 
     @property
     def num_q(self) -> int:
         """Number of quality indexes."""
-        return (self.config.num_levels - 1) * Q_STEPS + 1
+        return self.config.num_q
 
     @property
     def halo(self) -> int:
@@ -131,7 +134,7 @@ class CodecModel(nn.Module):
     def freeze(self) -> CodecModel:
         """Evaluation mode with the integers of the entropy-parameter network fixed. Raises ValueError on overflow."""
         self.eval()
-        for module in self.entropy_parameters.modules():
+        for module in self.modules():
             if isinstance(module, IntConv2d):
                 module.freeze()
         return self
@@ -202,24 +205,24 @@ class CodecModel(nn.Module):
         z_hat = round_ste(z)
         z_scale = self.z_log_scale[self.z_levels(q)].permute(0, 3, 1, 2).exp()
         noisy = z + torch.empty_like(z).uniform_(-0.5, 0.5) if self.training else z_hat
-        z_bits = gaussian_bits(noisy, z_scale).sum(1, keepdim=True)
+        z_bits = gaussian_bits(noisy - self.z_context(z_hat), z_scale).sum(1, keepdim=True)
 
         hyper = self.entropy_parameters.hyper(z_hat, q, y.shape[2], y.shape[3])
         y_first, y_second = split_halves(y)
         params = self.entropy_parameters.first_params(hyper, q)
-        first, first_bits = self._code_half(y_first, params)
-        second, second_bits = self._code_half(y_second, self.entropy_parameters.second_params(hyper, first, q))
+        first, first_bits = self._code_half(y_first, params, q)
+        second, second_bits = self._code_half(y_second, self.entropy_parameters.second_params(hyper, first, q), q)
         y_hat = merge_halves(first, second) / MEAN_STEPS
 
         spread = F.interpolate(z_bits / HYPER_STRIDE**2, scale_factor=HYPER_STRIDE)[:, 0]
         return y_hat, first_bits + second_bits + spread
 
-    def _code_half(self, y: Tensor, params: GaussianParams) -> tuple[Tensor, Tensor]:
+    def _code_half(self, y: Tensor, params: GaussianParams, q: Tensor) -> tuple[Tensor, Tensor]:
         """``y_fixed`` (B, M/2, h, w) of one half and its estimated bits (B, h, w)."""
         symbols = self._symbols(y, params)
         residual = y - params.means / MEAN_STEPS
         coded = residual + torch.empty_like(y).uniform_(-0.5, 0.5) if self.training else symbols
-        bits = gaussian_bits(coded, scale_of_index(params.indexes)).sum(1)
+        bits = (gaussian_bits(coded, scale_of_index(params.indexes)) * self.entropy_parameters.in_use(q)).sum(1)
         return self.y_fixed(symbols, params), bits
 
     @torch.inference_mode()
@@ -245,7 +248,7 @@ class CodecModel(nn.Module):
         second = self.decompress_second(hyper, self.y_fixed(symbols_first, first), q)
         symbols_second = self._symbols(y_second, second)
         return Latents(
-            z.short(),
+            (z - self.z_context(z)).short(),
             _channels_last([symbols_first, symbols_second], torch.int16),
             _channels_last([first.indexes, second.indexes], torch.uint8),
         )
@@ -332,5 +335,4 @@ def rate_distortion_loss(out: ForwardOutput, x: Tensor, q: Tensor, lmbdas: Tenso
 def interpolated_lmbdas(config: CodecConfig) -> Tensor:
     """Trade-off of every quality index, float (num_q,): log-interpolated between the levels."""
     logs = torch.tensor(config.lmbdas, dtype=torch.float64).log()[None, None]
-    num_q = (config.num_levels - 1) * Q_STEPS + 1
-    return F.interpolate(logs, size=num_q, mode="linear", align_corners=True)[0, 0].exp().float()
+    return F.interpolate(logs, size=config.num_q, mode="linear", align_corners=True)[0, 0].exp().float()

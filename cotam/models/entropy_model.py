@@ -165,16 +165,24 @@ class EntropyParameters(nn.Module):
         self.context = IntConv2d(3 * m, 3 * m, depthwise=True, low=-ACTIVATION_MAX)
         self.squeeze = IntConv2d(3 * m, n, low=-ACTIVATION_MAX)
         self.second = ParameterHead(2 * n, n + n // 2, m, first=False)
+        self.register_buffer("_in_use", channels_in_use(config)[:, ::2].contiguous(), persistent=False)
+
+    def in_use(self, q: Tensor) -> Tensor:
+        """Which channels of a half there are at ``q``: 1 or 0, (B, M/2, h, w), or (B, M/2, 1, 1) for a uniform ``q``."""
+        return per_position(self._in_use, q)  # numbers of channels are even, so it is the same for both halves
 
     def hyper(self, z_hat: Tensor, q: Tensor, height: int, width: int) -> Hyper:
         """What the hyper-latent says on the latent grid of ``height`` x ``width``."""
         hyper = self.h_s(z_hat, pad_to_multiple(q, 4) if q.shape[-2:] != (1, 1) else q)
-        return Hyper(*(t[..., :height, :width] for t in hyper))
+        features, *coarse = (t[..., :height, :width] for t in hyper)
+        return Hyper(features, *(half * self.in_use(q) for half in coarse))
 
     def first_params(self, hyper: Hyper, q: Tensor) -> GaussianParams:
         """Parameters of the first half of ``y``."""
-        params: GaussianParams = self.first(hyper.features, q, hyper.coarse_first)
-        return params
+        return self._where_in_use(self.first(hyper.features, q, hyper.coarse_first), q)
+
+    def _where_in_use(self, params: GaussianParams, q: Tensor) -> GaussianParams:
+        return GaussianParams(*(t * self.in_use(q) for t in params))
 
     @torch.no_grad()
     def init_scales(self, scale: Tensor, log_gain_per_q: float) -> None:
@@ -190,8 +198,8 @@ class EntropyParameters(nn.Module):
         # Signs and magnitudes: means follow the one, scales the other.
         views = torch.cat([fine, coarse, fine.abs()], dim=1).clamp_(-ACTIVATION_MAX, ACTIVATION_MAX)
         context = self.squeeze(self.context(views))
-        params: GaussianParams = self.second(torch.cat([hyper.features, context], dim=1), q, hyper.coarse_second)
-        return params
+        params = self.second(torch.cat([hyper.features, context], dim=1), q, hyper.coarse_second)
+        return self._where_in_use(params, q)
 
 
 def _start_diagonal(weight: Tensor, value: float) -> None:
@@ -199,6 +207,17 @@ def _start_diagonal(weight: Tensor, value: float) -> None:
     weight.zero_()
     diagonal = weight[:, :, 0, 0].diagonal()
     diagonal[:NUM_COARSE] = value
+
+
+def channels_in_use(config: CodecConfig) -> Tensor:
+    """Which channels of ``y`` there are at every quality index: 1 or 0, float (num_q, M)."""
+    counts = torch.tensor([config.num_channels(q) for q in range(config.num_q)])
+    return (torch.arange(config.M) < counts[:, None]).float()
+
+
+def per_position(table: Tensor, q: Tensor) -> Tensor:
+    """Rows of ``table`` (num_q, C) at the quality indexes ``q`` (B, 1, h, w): (B, C, h, w)."""
+    return F.embedding(q[:, 0].long(), table).permute(0, 3, 1, 2)
 
 
 def index_of_scale(scale: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ ACCUMULATOR_BOUND = 2**24
 BIAS_UNIT = 16  # a real bias of 1 is 16 integer steps, so that biases learn at the pace of weights
 MIN_EXPONENT = -10  # keeps integer biases small enough for the accumulator
 MAX_EXPONENT = 8
+_CAUSAL = ((1.0, 1.0, 1.0), (1.0, 0.0, 0.0), (0.0, 0.0, 0.0))
 
 
 class Integers(NamedTuple):
@@ -59,6 +60,7 @@ class IntConv2d(nn.Module):
     Args:
         in_channels, out_channels: channel counts.
         depthwise: 3x3 with one filter a channel (then both counts are equal) instead of 1x1.
+        causal: of the 3x3 positions only those before the middle one in raster order have weights.
         low, high: output clip; (0, 127) is a ReLU that stays in range, (-127, 127) a linear layer.
         quality_bias: add ``q`` times a learned integer to every position.
         unit: the parameter behind a weight of ``unit`` is 1: how far apart input and output scales are.
@@ -70,6 +72,7 @@ class IntConv2d(nn.Module):
         out_channels: int,
         *,
         depthwise: bool = False,
+        causal: bool = False,
         low: int = 0,
         high: int = ACTIVATION_MAX,
         quality_bias: bool = False,
@@ -79,6 +82,7 @@ class IntConv2d(nn.Module):
         if depthwise and in_channels != out_channels:
             raise ValueError("a depthwise layer keeps the number of channels")
         self.depthwise, self.low, self.high, self.quality_bias, self.unit = depthwise, low, high, quality_bias, unit
+        self.register_buffer("_mask", torch.tensor(_CAUSAL) if causal else None, persistent=False)
         shape = (out_channels, 1, 3, 3) if depthwise else (out_channels, in_channels, 1, 1)
         fan_in = 9 if depthwise else in_channels
         self.weight = nn.Parameter(torch.randn(shape) * (2 / fan_in) ** 0.5 * 0.7)
@@ -89,15 +93,16 @@ class IntConv2d(nn.Module):
 
     def integers(self) -> Integers:
         """The integers of the current parameters; differentiable by straight-through rounding."""
+        weight = self.weight if self._mask is None else self.weight * self._mask
         with torch.no_grad():
-            peak = torch.maximum(self.weight.abs().amax(dim=(1, 2, 3)) * self.unit, self.gain.abs())
+            peak = torch.maximum(weight.abs().amax(dim=(1, 2, 3)) * self.unit, self.gain.abs())
             # frexp is exact, so every machine derives the same e: peak / 127.5 = m * 2^e with m in [0.5, 1). Then the
             # largest integer is in [64, 127], and quantising the integers times 2^e once more gives the same integers.
             exponent = torch.frexp(peak / (ACTIVATION_MAX + 0.5)).exponent.clamp(MIN_EXPONENT, MAX_EXPONENT)
             exponent = exponent.where(peak > 0, MIN_EXPONENT)  # weights too small for any integer come back as zeros
             scale = torch.ldexp(torch.ones_like(peak), exponent)
-        weight = round_ste(self.weight * self.unit / scale[:, None, None, None])
-        return Integers(weight, round_ste(self.bias * BIAS_UNIT / scale), round_ste(self.gain / scale), scale)
+        integers = round_ste(weight * self.unit / scale[:, None, None, None])
+        return Integers(integers, round_ste(self.bias * BIAS_UNIT / scale), round_ste(self.gain / scale), scale)
 
     def freeze(self) -> None:
         """Fix the integers for inference, after checking that no input can overflow the accumulator.
@@ -111,6 +116,10 @@ class IntConv2d(nn.Module):
         bound += ints.bias.abs() + ints.gain.abs() * ACTIVATION_MAX
         if not bool((bound < ACCUMULATOR_BOUND).all()):  # NaN fails, too
             raise ValueError(f"integer layer can overflow: accumulator bound {bound.max():.0f} reaches 2^24")
+        self.freeze_as(ints)
+
+    def freeze_as(self, ints: Integers) -> None:
+        """Fix these integers for inference; that they cannot overflow has been checked."""
         self._frozen, self._kernel = ints, Kernel.of(ints)
 
     def frozen_integers(self) -> Integers:

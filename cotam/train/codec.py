@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cotam.models.codec_model import Q_STEPS, CodecModel, interpolated_lmbdas, rate_distortion_loss
+from cotam.config import Q_STEPS
+from cotam.entropy.tables import COUNTED_MAX, NUM_SCALES, Tables, build_tables
+from cotam.models.codec_model import CodecModel, interpolated_lmbdas, rate_distortion_loss
 from cotam.models.transforms import LATENT_STRIDE
 from cotam.train.config import CodecTrainConfig
 from cotam.train.data import crop_loader, eval_crops, random_quality_maps
 from cotam.train.trainer import Trainer
 
 _KLT_PATCHES = 80_000
+_TABLE_CROPS = 1024
 
 
 class CodecTrainer(Trainer[CodecModel, Tensor]):
@@ -80,6 +85,20 @@ class CodecTrainer(Trainer[CodecModel, Tensor]):
                 psnr += sum(-10 * math.log10(max(m, 1e-10)) for m in mse.tolist())
             results.append({"quality": quality, "bpp_est": bpp / len(crops), "psnr_rgb": psnr / len(crops)})
         return results
+
+    def fitted_tables(self) -> Tables:
+        """CDF tables of the symbols that the averaged model makes of training crops at random qualities."""
+        side, num_batches = self.config.crop_px // LATENT_STRIDE, -(-_TABLE_CROPS // self.config.batch_size)
+        width = 2 * COUNTED_MAX + 1
+        counts = np.zeros(NUM_SCALES * width, dtype=np.int64)
+        self.ema.freeze()
+        for batch in itertools.islice(self.batches(), num_batches):
+            q = random_quality_maps(len(batch), side, side, self.model.num_q, self._maps).to(self.device)
+            latents = self.ema.compress(batch.to(self.device), q)
+            symbols = latents.symbols.long().clamp(-COUNTED_MAX, COUNTED_MAX) + COUNTED_MAX
+            cells = latents.indexes.long() * width + symbols
+            counts += torch.bincount(cells.flatten(), minlength=len(counts)).cpu().numpy()
+        return build_tables(counts.reshape(NUM_SCALES, width))
 
     def prepare(self) -> None:
         """The linear paths start at the KLT of training patches."""

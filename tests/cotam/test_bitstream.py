@@ -46,7 +46,7 @@ def test_overhead_is_at_most_20_bytes(stream: Bitstream) -> None:
 
 
 def test_bytes_are_pinned() -> None:
-    assert pack(EXAMPLE).hex() == "01010203040600800680040561206d6170746865206c6174656e7473933e0a67"
+    assert pack(EXAMPLE).hex() == "02010203040600800680040561206d6170746865206c6174656e7473b439d465"
 
 
 def test_every_truncation_and_every_flipped_bit_is_noticed() -> None:
@@ -66,15 +66,15 @@ def test_every_truncation_and_every_flipped_bit_is_noticed() -> None:
     [
         (b"", "too short: 4 bytes"),
         (bytes([VERSION + 1]) + bytes(20), f"version {VERSION + 1}, this decoder reads version {VERSION}"),
-        (b"\x01mode\x08\x00\x01\x01", "unknown flags 0x8"),
-        (b"\x01mode\x00\x00\x00\x01", "impossible size of 0x1 pixels"),
-        (b"\x01mode\x00\x00\xff\xff\xff\xff\x0f\x01", "impossible size of 4294967295x1 pixels"),
-        (b"\x01mode\x00\x00\x80\x80\x04\x80\x80\x04", "65536x65536 pixels, over the limit of 67108864 pixels"),
-        (b"\x01mode\x00\x00\x81\x00\x01", "malformed number"),
-        (b"\x01mode\x00\x00\xff\xff\xff\xff\xff\xff\x01", "malformed number"),
-        (b"\x01mode\x00\x00\x01\x80", "malformed number"),
-        (b"\x01mode\x04\x00\x01\x01\x05map", "quality map is longer than the bitstream"),
-        (b"\x01mode\x04\x00\x01\x01\x00map", "quality map is longer than the bitstream"),
+        (b"\x02mode\x08\x00\x01\x01", "unknown flags 0x8"),
+        (b"\x02mode\x00\x00\x00\x01", "impossible size of 0x1 pixels"),
+        (b"\x02mode\x00\x00\xff\xff\xff\xff\x0f\x01", "impossible size of 4294967295x1 pixels"),
+        (b"\x02mode\x00\x00\x80\x80\x04\x80\x80\x04", "65536x65536 pixels, over the limit of 67108864 pixels"),
+        (b"\x02mode\x00\x00\x81\x00\x01", "malformed number"),
+        (b"\x02mode\x00\x00\xff\xff\xff\xff\xff\xff\x01", "malformed number"),
+        (b"\x02mode\x00\x00\x01\x80", "malformed number"),
+        (b"\x02mode\x04\x00\x01\x01\x05map", "quality map is longer than the bitstream"),
+        (b"\x02mode\x04\x00\x01\x01\x00map", "quality map is longer than the bitstream"),
     ],
 )
 def test_errors_name_what_is_wrong(body: bytes, message: str) -> None:

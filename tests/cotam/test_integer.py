@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cotam.codec import Codec
+from cotam.models.causal import CausalPredictor
 from cotam.models.entropy_model import MEAN_MAX, MEAN_STEPS, EntropyParameters
 from cotam.models.integer import ACCUMULATOR_BOUND, ACTIVATION_MAX, IntConv2d
 
@@ -177,3 +178,32 @@ def test_largest_layer_that_cannot_overflow_is_exact() -> None:
     np.testing.assert_array_equal(
         actual, _integer_conv(layer, x.numpy().astype(np.int64), np.zeros((1, 1, 1, 1), np.int64))
     )
+
+
+def test_a_model_cut_to_fewer_channels_computes_the_same_integers(codec: Codec, inputs: Inputs) -> None:
+    whole = codec.model.entropy_parameters
+    for num_channels, model in codec.models.items():
+        highest = max(q for q in range(codec.model.num_q) if codec.model.config.num_channels(q) == num_channels)
+        q = inputs.q.clamp_max(highest)
+        y_first = inputs.y_first * whole.in_use(q)  # what is not there has no symbols
+        expected = _run(whole, Inputs(inputs.z_hat, q, y_first))
+        actual = _run(model.entropy_parameters, Inputs(inputs.z_hat, q, y_first[:, : num_channels // 2]))
+        assert torch.equal(actual[0], expected[0])
+        for cut, full in zip(actual[1:], expected[1:], strict=True):
+            assert cut.shape[1] == num_channels // 2
+            assert torch.equal(cut, full[:, : num_channels // 2])
+            assert not full[:, num_channels // 2 :].any()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (9, 1), (6, 9)])
+def test_the_hyper_latent_comes_back_from_what_it_differs_by_from_its_prediction(
+    codec: Codec, shape: tuple[int, int]
+) -> None:
+    layer, generator = codec.model.z_context, torch.Generator().manual_seed(1)
+    assert layer.frozen_integers().weight.any()
+    for spread in (1.0, 5.0, 200.0):
+        z = torch.randn(1, codec.model.config.N_z, *shape, generator=generator) * spread
+        z = z.round().clamp(-ACTIVATION_MAX, ACTIVATION_MAX)
+        residuals = (z - layer(z))[0].short().numpy()
+        restored = CausalPredictor(layer.frozen_integers()).restore(residuals)
+        np.testing.assert_array_equal(restored, z[0].numpy())

@@ -14,7 +14,8 @@ from cotam.bitstream import unpack
 from cotam.codec import Codec
 from cotam.config import CodecConfig, load_yaml
 from cotam.image import RGBImage
-from cotam.models.codec_model import Q_STEPS, CodecModel
+from cotam.config import Q_STEPS
+from cotam.models.codec_model import CodecModel
 from cotam.train import codec as trainer_module
 from cotam.train.codec import CodecTrainer
 from cotam.train.config import CodecTrainConfig, DataConfig
@@ -90,7 +91,8 @@ def test_estimated_bits_are_those_of_the_bitstream(codec: Codec, photos: dict[st
         with torch.no_grad():
             estimate = float(codec.model(x, q).bits.sum())
         latent_string = unpack(codec.encode(image, quality), codec.max_pixels).latent_string
-        assert 8 * len(latent_string) == pytest.approx(estimate, rel=0.02)
+        # Estimates are of Gaussians, the tables are fitted to what real symbols are.
+        assert 0.95 * estimate < 8 * len(latent_string) < estimate
 
 
 def test_config_file_errors_name_the_key(tmp_path: Path) -> None:

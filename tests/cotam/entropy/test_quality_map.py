@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from cotam.entropy.quality_map import decode_quality_map, encode_quality_map
 from cotam.entropy.rans import RansCoder, RansError
-from cotam.entropy.tables import gaussian_tables
+from cotam.entropy.tables import build_tables
 
 NUM_Q = 29
-CODER = RansCoder(gaussian_tables())
+CODER = RansCoder(build_tables())
 
 
 @given(arrays(np.uint8, array_shapes(min_dims=2, max_dims=2, max_side=20), elements=st.integers(0, NUM_Q - 1)))

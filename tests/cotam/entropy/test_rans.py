@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from cotam.entropy.rans import MAX_LANES_LOG2, SYMBOL_MAX, RansCoder, RansError, Segment
-from cotam.entropy.tables import NUM_SCALES, PRECISION_BITS, Tables, check_tables, gaussian_tables, scales
+from cotam.entropy.tables import COUNTED_MAX, NUM_SCALES, PRECISION_BITS, Tables, build_tables, check_tables, scales
 
-TABLES = gaussian_tables()
+TABLES = build_tables()
 CODER = RansCoder(TABLES)
 
 _symbols = st.integers(-3, 3) | st.integers(-SYMBOL_MAX, SYMBOL_MAX)
@@ -41,17 +41,17 @@ def _latent_like(num_symbols: int, seed: int = 0) -> Segment:
     return np.rint(rng.standard_normal(num_symbols) * scales()[rows]).astype(np.int16), rows
 
 
-def _cross_entropy_bits(symbols: NDArray[np.int16], rows: NDArray[np.uint8]) -> float:
+def _cross_entropy_bits(symbols: NDArray[np.int16], rows: NDArray[np.uint8], tables: Tables = TABLES) -> float:
     """Ideal code length under the tables, computed from their definition."""
-    values, radius = symbols.astype(np.int64), TABLES.radius[rows].astype(np.int64)
+    values, radius = symbols.astype(np.int64), tables.radius[rows].astype(np.int64)
     escaped = np.abs(values) > radius
-    entry = TABLES.start[rows] + np.where(escaped, 2 * radius + 1, values + radius)
-    frequency = TABLES.cdf[entry + 1].astype(np.int64) - TABLES.cdf[entry]
+    entry = tables.start[rows] + np.where(escaped, 2 * radius + 1, values + radius)
+    frequency = tables.cdf[entry + 1].astype(np.int64) - tables.cdf[entry]
     return float((PRECISION_BITS - np.log2(frequency)).sum() + 16 * escaped.sum())
 
 
 def _triangular_tables() -> Tables:
-    radius = np.arange(NUM_SCALES, dtype=np.int32) // 8 + 1
+    radius = np.tile(np.arange(NUM_SCALES, dtype=np.int32) // 8 + 1, 2)
     rows = []
     for r in radius:
         frequency = np.append(1 + (r + 1 - np.abs(np.arange(-r, r + 1))) * 40000 // (r + 1) ** 2, 1)
@@ -79,6 +79,27 @@ def test_code_length_is_within_half_a_percent_of_the_entropy(lanes_log2: int) ->
     string, _ = CODER.encode([(symbols, rows)], lanes_log2)
     state_bits = 8 * (4 << lanes_log2)
     assert len(string) * 8 - state_bits < 1.005 * _cross_entropy_bits(symbols, rows)
+
+
+def test_fitted_tables_code_what_they_were_fitted_to_near_its_entropy() -> None:
+    rng = np.random.default_rng(4)
+    rows = np.repeat(np.array([12, 16, 20, 40], np.uint8), 50_000)
+    deviations = rng.laplace(size=(2, len(rows))) * scales()[rows] * 0.7
+    fitted, coded = (np.trunc(d + np.copysign(0.4, d)).astype(np.int16) for d in deviations)  # with a dead zone
+    counts = np.zeros((NUM_SCALES, 2 * COUNTED_MAX + 1), np.int64)
+    np.add.at(counts, (rows, fitted.astype(np.int64) + COUNTED_MAX), 1)
+    tables = build_tables(counts)
+    check_tables(tables)
+    for row in np.unique(rows):
+        symbols, its_rows = coded[rows == row], rows[rows == row]
+        frequency = np.unique(symbols, return_counts=True)[1] / len(symbols)
+        entropy = -float((frequency * np.log2(frequency)).sum()) * len(symbols)
+        bits = _cross_entropy_bits(symbols, its_rows, tables)
+        assert bits < 1.01 * entropy
+        assert bits < 0.98 * _cross_entropy_bits(symbols, its_rows)
+        assert 8 * len(RansCoder(tables).encode([(symbols, its_rows)])[0]) < 1.005 * bits + 256
+    for seldom in (0, 30, 63):  # what was never seen is coded as a Gaussian
+        assert tables.radius[seldom] == TABLES.radius[seldom]
 
 
 def test_altered_strings_are_refused_or_decode_to_something() -> None:

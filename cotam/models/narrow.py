@@ -1,0 +1,41 @@
+"""A codec cut to the first channels of its latent: what lower qualities, which have no others, are computed with."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+from cotam.models.codec_model import CodecModel
+from cotam.models.integer import Integers, IntConv2d
+
+
+def narrowed(model: CodecModel, num_channels: int) -> CodecModel:
+    """``model``, which is frozen, with the first ``num_channels`` channels of ``y`` alone, frozen, too.
+
+    At quality indexes that have no more channels it computes the same integers as ``model``, and less.
+    """
+    config = model.config
+    levels = tuple(min(m, num_channels) for m in config.M_levels)
+    narrow = CodecModel(dataclasses.replace(config, M=num_channels, M_levels=levels))
+    own = narrow.state_dict()
+    narrow.load_state_dict({name: _cut(t, own[name], config.M) for name, t in model.state_dict().items()})
+    modules = dict(model.named_modules())
+    for name, module in narrow.named_modules():
+        whole = modules[name]
+        if isinstance(module, IntConv2d) and isinstance(whole, IntConv2d):
+            # Not quantised anew: without the weights of absent inputs the scale could be another.
+            like = module.integers()
+            pairs = zip(whole.frozen_integers(), like, strict=True)
+            module.freeze_as(Integers(*(_cut(t, part, config.M).clone() for t, part in pairs)))
+    return narrow.eval()
+
+
+def _cut(tensor: Tensor, like: Tensor, num_channels: int) -> Tensor:
+    """The first channels of ``tensor`` in every dimension that is shorter in ``like``: there it has groups of them."""
+    for dim, (whole, part) in enumerate(zip(tensor.shape, like.shape, strict=True)):
+        if whole != part:
+            groups = whole // num_channels
+            tensor = tensor.unflatten(dim, (groups, num_channels)).narrow(dim + 1, 0, part // groups)
+            tensor = tensor.flatten(dim, dim + 1)
+    return tensor
