@@ -221,7 +221,12 @@ class Codec:
                     f"image of {image.shape[1]}x{image.shape[0]} pixels, over the limit of {self.max_pixels}"
                 )
         keys = [
-            (-(-i.shape[0] // LATENT_STRIDE), -(-i.shape[1] // LATENT_STRIDE), isinstance(q, int), self._num_channels(q))
+            (
+                -(-i.shape[0] // LATENT_STRIDE),
+                -(-i.shape[1] // LATENT_STRIDE),
+                isinstance(q, int),
+                self._num_channels(q),
+            )
             for i, q in zip(images, quality_indexes, strict=True)
         ]
         return _in_groups(
@@ -260,7 +265,8 @@ class Codec:
     def reconstruct(self, images: Sequence[DecompressedImage]) -> list[RGBImage]:
         """The device stage of decoding: the synthesis, in batches of one latent size."""
         keys = [
-            (*i.y_fixed.shape[2:], isinstance(i.quality_index, int), self._num_channels(i.quality_index)) for i in images
+            (*i.y_fixed.shape[2:], isinstance(i.quality_index, int), self._num_channels(i.quality_index))
+            for i in images
         ]
         return _in_groups(keys, self._group_size, lambda at: self._reconstruct_group([images[i] for i in at]))
 

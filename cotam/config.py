@@ -22,7 +22,7 @@ class CodecConfig:
     Attributes:
         backbone: the transforms: "cotam" or "elic" (``cotam.models.backbones``).
         M: channels of the latent ``y`` at 1/16.
-        M_levels: "cotam": how many of them quality levels 1..L have, even and not falling; empty: all. Low levels need few.
+        M_levels: "cotam": how many of them quality levels 1..L have, even and not falling; empty: all.
         N8, N16: "cotam": channels of the bodies of ``g_a`` and ``g_s`` at 1/8 and 1/16.
         analysis_blocks, synthesis_blocks: "cotam": residual blocks of ``g_a`` and ``g_s`` at 1/8 and at 1/16.
         N: "elic": channels of the transforms.

@@ -29,8 +29,8 @@ from cotam.store.fs import split_uri
 FORMAT = "cotam-codec/2"
 # Packaged weights by name: the sha256 of cotam/packaged/{name}.safetensors.
 PACKAGED: dict[str, str] = {
-    "cotam-adapter-tiny": "d6ea8d28b0715dc92cd60dca4e5e65e72fc9a1410cb6063206d72f8d51090819",
-    "cotam-base": "fed58987671be3e84417bc8afdfe43ca423bad839e3da8e3be0df2581b5d29cd",
+    "cotam-adapter-tiny": "fe2e3fe03d8a0e0ac0929ee41e539924b28fa6b2abee189ed2f6f5ce174e66d2",
+    "cotam-base": "5f911d98c58287b4f269cfb1a5b3d37d3ec9ded5690311736e95da52a319fdf6",
 }
 # Packaged folders by name: the sha256 of the weights in cotam/packaged/{name}.
 PACKAGED_FOLDERS: dict[str, tuple[str, str]] = {

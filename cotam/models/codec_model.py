@@ -50,8 +50,8 @@ class ForwardOutput(NamedTuple):
 class Latents(NamedTuple):
     """Quantised latents of a batch.
 
-    z: int16 (B, N_z, hz, wz), less its prediction from the positions before. symbols, indexes: int16 and uint8 (B, 2, h, w, M/2), both halves of y relative to its
-    means, and their CDF rows, in the order they are coded in.
+    z: int16 (B, N_z, hz, wz), less its prediction from the positions before. symbols, indexes: int16 and uint8
+    (B, 2, h, w, M/2), both halves of y relative to its means, and their CDF rows, in the order they are coded in.
     """
 
     z: Tensor
@@ -78,6 +78,8 @@ class QualityGains(nn.Module):
 
     Levels between two anchors interpolate in the log domain. Channels that a quality does not have get 0.
     """
+
+    in_use: Tensor
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
@@ -119,6 +121,8 @@ class CodecModel(nn.Module):
         self.entropy_parameters = EntropyParameters(config)
         self.z_context = IntConv2d(config.N_z, config.N_z, depthwise=True, causal=True, low=-ACTIVATION_MAX)
         nn.init.zeros_(self.z_context.weight)
+        # With a bias to learn, half of the channels came to rest between two integers, where noise prices them wrongly.
+        self.z_context.bias.requires_grad_(False)
         self.z_log_scale = nn.Parameter(torch.zeros(config.num_levels, config.N_z))
 
     @property

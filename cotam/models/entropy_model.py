@@ -157,6 +157,8 @@ def _rows(x: Tensor, board: Checkerboard) -> Tensor:
 class EntropyParameters(nn.Module):
     """The integer part of the model: everything between ``z_hat`` and the CDF indexes of ``y``."""
 
+    _in_use: Tensor
+
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
         n, m = config.N_hyper, config.M
@@ -168,7 +170,7 @@ class EntropyParameters(nn.Module):
         self.register_buffer("_in_use", channels_in_use(config)[:, ::2].contiguous(), persistent=False)
 
     def in_use(self, q: Tensor) -> Tensor:
-        """Which channels of a half there are at ``q``: 1 or 0, (B, M/2, h, w), or (B, M/2, 1, 1) for a uniform ``q``."""
+        """Which channels of a half there are at ``q`` (B, 1, h, w), or 1x1: 1 or 0, (B, M/2, h, w), or 1x1."""
         return per_position(self._in_use, q)  # numbers of channels are even, so it is the same for both halves
 
     def hyper(self, z_hat: Tensor, q: Tensor, height: int, width: int) -> Hyper:

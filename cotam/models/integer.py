@@ -66,6 +66,8 @@ class IntConv2d(nn.Module):
         unit: the parameter behind a weight of ``unit`` is 1: how far apart input and output scales are.
     """
 
+    _mask: Tensor | None
+
     def __init__(
         self,
         in_channels: int,

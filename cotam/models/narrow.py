@@ -7,7 +7,7 @@ import dataclasses
 from torch import Tensor
 
 from cotam.models.codec_model import CodecModel
-from cotam.models.integer import Integers, IntConv2d
+from cotam.models.integer import IntConv2d, Integers
 
 
 def narrowed(model: CodecModel, num_channels: int) -> CodecModel:

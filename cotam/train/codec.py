@@ -23,7 +23,6 @@ from cotam.train.data import crop_loader, eval_crops, random_quality_maps
 from cotam.train.trainer import Trainer
 
 _KLT_PATCHES = 80_000
-_TABLE_CROPS = 1024
 
 
 class CodecTrainer(Trainer[CodecModel, Tensor]):
@@ -88,7 +87,7 @@ class CodecTrainer(Trainer[CodecModel, Tensor]):
 
     def fitted_tables(self) -> Tables:
         """CDF tables of the symbols that the averaged model makes of training crops at random qualities."""
-        side, num_batches = self.config.crop_px // LATENT_STRIDE, -(-_TABLE_CROPS // self.config.batch_size)
+        side, num_batches = self.config.crop_px // LATENT_STRIDE, -(-self.config.table_crops // self.config.batch_size)
         width = 2 * COUNTED_MAX + 1
         counts = np.zeros(NUM_SCALES * width, dtype=np.int64)
         self.ema.freeze()

@@ -76,6 +76,7 @@ class CodecTrainConfig(Schedule):
         crop_px: side of the training crops, a multiple of 64.
         linear_lr_factor: on the learning rate, for the linear paths, which start at the KLT and are nearly right.
         optimizer: "adamw" or "soap".
+        table_crops: how many crops the CDF tables are fitted to at the end.
     """
 
     model: CodecConfig = dataclasses.field(default_factory=CodecConfig)
@@ -83,6 +84,7 @@ class CodecTrainConfig(Schedule):
     crop_px: int = 256
     linear_lr_factor: float = 0.1
     optimizer: str = "adamw"
+    table_crops: int = 1024
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,9 +12,8 @@ import torch
 
 from cotam.bitstream import unpack
 from cotam.codec import Codec
-from cotam.config import CodecConfig, load_yaml
+from cotam.config import Q_STEPS, CodecConfig, load_yaml
 from cotam.image import RGBImage
-from cotam.config import Q_STEPS
 from cotam.models.codec_model import CodecModel
 from cotam.train import codec as trainer_module
 from cotam.train.codec import CodecTrainer
@@ -22,7 +21,16 @@ from cotam.train.config import CodecTrainConfig, DataConfig
 from cotam.train.run import train_codec
 from tests.corpus import write_webdataset
 
-SMALL = CodecConfig(M=32, N8=8, N16=16, analysis_blocks=(1, 1), synthesis_blocks=(1, 1), N_z=8, N_hyper=16)
+SMALL = CodecConfig(
+    M=32,
+    M_levels=(8, 8, 16, 16, 16, 32, 32, 32),
+    N8=8,
+    N16=16,
+    analysis_blocks=(1, 1),
+    synthesis_blocks=(1, 1),
+    N_z=8,
+    N_hyper=16,
+)
 
 ELIC = CodecConfig(backbone="elic", N=8, M=16, N_z=8, N_hyper=8)
 
@@ -38,7 +46,9 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CodecTrainConfig:
         eval_crop_px=128,
         num_workers=0,
     )
-    return CodecTrainConfig(model=SMALL, data=data, crop_px=64, batch_size=4, max_steps=4, max_minutes=0)
+    return CodecTrainConfig(
+        model=SMALL, data=data, crop_px=64, batch_size=4, max_steps=4, max_minutes=0, table_crops=64
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,7 +105,7 @@ def test_estimated_bits_are_those_of_the_bitstream(codec: Codec, photos: dict[st
         assert 0.95 * estimate < 8 * len(latent_string) < estimate
 
 
-def test_config_file_errors_name_the_key(tmp_path: Path) -> None:
+def test_config_file_errors_name_the_key(tmp_path: Path, codec: Codec) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("model: {M: 64, depth: 3}\n")
     with pytest.raises(ValueError, match=r"config.yaml.model: unknown key 'depth'"):
@@ -103,8 +113,12 @@ def test_config_file_errors_name_the_key(tmp_path: Path) -> None:
     file.write_text("crop_px: 100\n")
     with pytest.raises(ValueError, match="multiple of 64"):
         load_yaml(CodecTrainConfig, file)
+    for levels in ("[4, 8]", "[8, 8, 8, 8, 8, 8, 8, 6]", "[8, 8, 8, 8, 8, 8, 8, 66]", "[7, 8, 8, 8, 8, 8, 8, 8]"):
+        file.write_text(f"model: {{M: 64, M_levels: {levels}}}\n")
+        with pytest.raises(ValueError, match="M_levels"):
+            load_yaml(CodecTrainConfig, file)
     packaged = Path(trainer_module.__file__).parent.parent / "configs/codec-base.yaml"
-    assert load_yaml(CodecTrainConfig, packaged).model == CodecConfig()
+    assert load_yaml(CodecTrainConfig, packaged).model == codec.model.config
 
 
 def test_training_goes_on_beside_a_codec_in_use(codec: Codec, photos: dict[str, RGBImage]) -> None:
