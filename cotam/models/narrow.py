@@ -28,6 +28,13 @@ def narrowed(model: CodecModel, num_channels: int) -> CodecModel:
             like = module.integers()
             pairs = zip(whole.frozen_integers(), like, strict=True)
             module.freeze_as(Integers(*(_cut(t, part, config.M).clone() for t, part in pairs)))
+    context, squeeze = model.entropy_parameters.context, model.entropy_parameters.squeeze
+    ints = context.frozen_integers()
+    absent = (ints.bias * ints.scale).round().clamp(context.low, context.high)  # what layers make of channels of zeros
+    absent.view(-1, config.M)[:, :num_channels] = 0
+    kept = narrow.entropy_parameters.squeeze.frozen_integers()
+    constant = squeeze.frozen_integers().weight[:, :, 0, 0] @ absent
+    narrow.entropy_parameters.squeeze.freeze_as(kept._replace(bias=kept.bias + constant))
     return narrow.eval()
 
 
