@@ -19,6 +19,7 @@ from cotam.entropy.quality_map import decode_quality_map, encode_quality_map
 from cotam.entropy.rans import RansCoder, RansDecoder, RansError
 from cotam.entropy.skip import drop_skipped, restore_skipped
 from cotam.entropy.tables import GAUSSIAN_ROWS
+from cotam.grouping import in_groups
 from cotam.image import MAX_PIXELS, RGBImage, check_rgb
 from cotam.importance import DEFAULT_STRENGTH
 from cotam.memory import keep_freed_memory
@@ -34,6 +35,7 @@ from cotam.weights import LoadedCodec, parse_codec, read_weights
 A = TypeVar("A")
 B = TypeVar("B")
 QualityIndex = int | NDArray[np.uint8]
+Group = tuple[int, int, bool, int]  # latent height and width, whether the quality is uniform, channels
 # Latent positions in a batch on a GPU: 33 megapixels, some 2 GiB of features.
 _MAX_BATCH_POSITIONS = 2**17
 
@@ -85,9 +87,12 @@ class Codec:
         self.device = torch.device(device)
         if self.device.type == "cpu":
             keep_freed_memory()
-            loaded.model.use_low_precision(computes_in_bfloat16(self.device))
-        self.model: CodecModel = loaded.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.models = {m: self._narrowed(m) for m in self.model.config.M_levels or (self.model.config.M,)}
+        self.model = loaded.model
+        whole, widths = self.model.config.M, {self.model.config.M, *self.model.config.M_levels}
+        self.models = {m: self.model if m == whole else narrowed(self.model, m) for m in sorted(widths)}
+        for model in self.models.values():
+            model.use_low_precision(self.device.type == "cpu" and computes_in_bfloat16(self.device))
+            model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.sha256 = loaded.sha256
         self.model_id = bytes.fromhex(loaded.sha256)[:MODEL_ID_BYTES]
         self.max_pixels = max_pixels
@@ -184,7 +189,7 @@ class Codec:
             raise ValueError("importance must be a 2-D map of values in [0, 1]")
         if not math.isfinite(strength):
             raise ValueError(f"strength {strength} is not a finite number")
-        size = (-(-image.shape[0] // LATENT_STRIDE), -(-image.shape[1] // LATENT_STRIDE))
+        size = _latent_size(*image.shape[:2])
         if values.shape != size:
             values = F.interpolate(values[None, None], size=size, mode="bilinear", antialias=True)[0, 0]
         levels = (quality - 1 + strength * (values - values.mean())).round().clamp(0, num_levels - 1)
@@ -202,7 +207,7 @@ class Codec:
         """
         stream = self._unpack(data)
         index = self._read_quality(stream)
-        h, w = _latent_size(stream)
+        h, w = _latent_size(stream.height, stream.width)
         bits = torch.zeros(h, w)
         self._decompress_group([stream], [index], None, bits)
         quality = 1 + np.broadcast_to(np.asarray(index, dtype=np.float32), (h, w)) / Q_STEPS
@@ -220,16 +225,8 @@ class Codec:
                 raise ValueError(
                     f"image of {image.shape[1]}x{image.shape[0]} pixels, over the limit of {self.max_pixels}"
                 )
-        keys = [
-            (
-                -(-i.shape[0] // LATENT_STRIDE),
-                -(-i.shape[1] // LATENT_STRIDE),
-                isinstance(q, int),
-                self._num_channels(q),
-            )
-            for i, q in zip(images, quality_indexes, strict=True)
-        ]
-        return _in_groups(
+        keys = [self._group(*_latent_size(*i.shape[:2]), q) for i, q in zip(images, quality_indexes, strict=True)]
+        return in_groups(
             keys,
             self._group_size,
             lambda at: self._compress_group([images[i] for i in at], [quality_indexes[i] for i in at]),
@@ -253,10 +250,8 @@ class Codec:
         """Entropy decoding and the integer network, in batches of one latent size. Errors as ``decode``."""
         streams = [self._unpack(s) for s in strings]
         quality = [self._read_quality(s) for s in streams]
-        keys = [
-            (*_latent_size(s), isinstance(q, int), self._num_channels(q)) for s, q in zip(streams, quality, strict=True)
-        ]
-        return _in_groups(
+        keys = [self._group(*_latent_size(s.height, s.width), q) for s, q in zip(streams, quality, strict=True)]
+        return in_groups(
             keys,
             self._group_size,
             lambda at: self._decompress_group([streams[i] for i in at], [quality[i] for i in at], executor),
@@ -264,11 +259,8 @@ class Codec:
 
     def reconstruct(self, images: Sequence[DecompressedImage]) -> list[RGBImage]:
         """The device stage of decoding: the synthesis, in batches of one latent size."""
-        keys = [
-            (*i.y_fixed.shape[2:], isinstance(i.quality_index, int), self._num_channels(i.quality_index))
-            for i in images
-        ]
-        return _in_groups(keys, self._group_size, lambda at: self._reconstruct_group([images[i] for i in at]))
+        keys = [self._group(i.y_fixed.shape[2], i.y_fixed.shape[3], i.quality_index) for i in images]
+        return in_groups(keys, self._group_size, lambda at: self._reconstruct_group([images[i] for i in at]))
 
     @torch.inference_mode()
     def latents(self, images: Sequence[DecompressedImage]) -> list[Tensor]:
@@ -279,20 +271,14 @@ class Codec:
             latents.append(F.pad(y_hat, (0, 0, 0, 0, 0, self.model.config.M - len(y_hat))))
         return latents
 
-    def _narrowed(self, num_channels: int) -> CodecModel:
-        if num_channels == self.model.config.M:
-            return self.model
-        narrow: CodecModel = narrowed(self.model, num_channels).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if self.device.type == "cpu":
-            narrow.use_low_precision(computes_in_bfloat16(self.device))
-        return narrow
-
-    def _num_channels(self, quality: QualityIndex) -> int:
-        """How many channels of ``y`` an image has: those of its highest quality."""
-        return self.model.config.num_channels(quality if isinstance(quality, int) else int(quality.max()))
+    def _group(self, height: int, width: int, quality: QualityIndex) -> Group:
+        """What images on a latent grid of ``height`` x ``width`` share that are computed together."""
+        highest = quality if isinstance(quality, int) else int(quality.max())
+        return height, width, isinstance(quality, int), self.model.config.num_channels(highest)
 
     def _model(self, quality: QualityIndex) -> CodecModel:
-        return self.models[self._num_channels(quality)]
+        """The model cut to the channels of an image's highest quality."""
+        return self.models[self._group(1, 1, quality)[-1]]
 
     def _group_size(self, height: int, width: int, *_: object) -> int:
         """How many latents of one size make a batch."""
@@ -317,7 +303,7 @@ class Codec:
         bits: Tensor | None = None,
     ) -> list[DecompressedImage]:
         """One batch of ``decompress``; adds the bits of all its elements of y to ``bits`` (h, w)."""
-        h, w = _latent_size(streams[0])
+        h, w = _latent_size(streams[0].height, streams[0].width)
         hz, wz = -(-h // HYPER_STRIDE), -(-w // HYPER_STRIDE)
         config = self.model.config
         q, model = self._q(quality), self._model(quality[0])
@@ -374,7 +360,7 @@ class Codec:
         num_q = self.model.num_q
         if stream.map_string:
             try:
-                lowest, size = stream.quality_index, _latent_size(stream)
+                lowest, size = stream.quality_index, _latent_size(stream.height, stream.width)
                 return decode_quality_map(lowest, stream.map_string, *size, num_q, self._coder)
             except RansError as error:
                 raise BitstreamError(f"bitstream's quality map cannot be decoded: {error}") from None
@@ -395,8 +381,9 @@ class Codec:
         return np.ascontiguousarray(rows.transpose(2, 0, 1)).ravel()
 
 
-def _latent_size(stream: Bitstream) -> tuple[int, int]:
-    return -(-stream.height // LATENT_STRIDE), -(-stream.width // LATENT_STRIDE)
+def _latent_size(height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of the latent grid of an image."""
+    return -(-height // LATENT_STRIDE), -(-width // LATENT_STRIDE)
 
 
 def _pad(image: RGBImage) -> RGBImage:
@@ -410,19 +397,3 @@ def _pad(image: RGBImage) -> RGBImage:
 
 def _map(executor: Executor | None, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
     return list(executor.map(function, items) if executor is not None else map(function, items))
-
-
-def _in_groups(
-    keys: Sequence[tuple[int, int, bool, int]], size: Callable[..., int], function: Callable[[list[int]], list[B]]
-) -> list[B]:
-    """Apply ``function`` to positions that share a key, ``size(*key)`` at a time; results in the original order."""
-    groups: dict[tuple[int, int, bool, int], list[int]] = {}
-    for position, key in enumerate(keys):
-        groups.setdefault(key, []).append(position)
-    results: dict[int, B] = {}
-    for key, positions in groups.items():
-        count = size(*key)
-        for start in range(0, len(positions), count):
-            chunk = positions[start : start + count]
-            results.update(zip(chunk, function(chunk), strict=True))
-    return [results[k] for k in range(len(keys))]
