@@ -29,7 +29,7 @@ from cotam.store.fs import split_uri
 FORMAT = "cotam-codec/2"
 # Packaged weights by name: the sha256 of cotam/packaged/{name}.safetensors.
 PACKAGED: dict[str, str] = {
-    "cotam-adapter-tiny": "fe2e3fe03d8a0e0ac0929ee41e539924b28fa6b2abee189ed2f6f5ce174e66d2",
+    "cotam-adapter-tiny": "ae3d69a8ecb69abed82a60b6367fb3d2a5921068d3ca1695f3ef9de71b19bd8a",
     "cotam-base": "5f911d98c58287b4f269cfb1a5b3d37d3ec9ded5690311736e95da52a319fdf6",
 }
 # Packaged folders by name: the sha256 of the weights in cotam/packaged/{name}.
