@@ -48,7 +48,7 @@ class Reset(NamedTuple):
 
 
 class Stall(NamedTuple):
-    """The answer stops in the middle for some seconds."""
+    """The answer stops in the middle for some seconds; one without a body stops before it starts."""
 
     seconds: float
 
@@ -128,6 +128,8 @@ class FaultProxy:
         headers = [(n, v) for n, v in response.getheaders() if n.lower() not in ("connection", "transfer-encoding")]
         if "content-length" not in {name.lower() for name, _ in headers}:
             headers.append(("Content-Length", str(len(content))))
+        if isinstance(fault, Stall) and not content:
+            time.sleep(fault.seconds)
         handler.answer(response.status, headers, _pieces(content, fault))
         if isinstance(fault, Reset):
             _reset(handler.connection)
