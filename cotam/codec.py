@@ -18,7 +18,7 @@ from cotam.config import Q_STEPS
 from cotam.entropy.quality_map import decode_quality_map, encode_quality_map
 from cotam.entropy.rans import RansCoder, RansDecoder, RansError
 from cotam.entropy.skip import drop_skipped, restore_skipped
-from cotam.entropy.tables import GAUSSIAN_ROWS
+from cotam.entropy.tables import Z_ROWS
 from cotam.grouping import in_groups
 from cotam.image import MAX_PIXELS, RGBImage, check_rgb
 from cotam.importance import DEFAULT_STRENGTH
@@ -98,8 +98,8 @@ class Codec:
         self.max_pixels = max_pixels
         self.tables = loaded.tables
         self._coder = RansCoder(loaded.tables)
-        self._z_rows_of_level = loaded.model.z_indexes().cpu().numpy().astype(np.uint8) + GAUSSIAN_ROWS
-        self._z_context = CausalPredictor(loaded.model.z_context.frozen_integers())
+        self._z_rows_of_level = loaded.model.z_indexes().cpu().numpy().astype(np.uint8) + Z_ROWS
+        self._z_context = CausalPredictor(loaded.model.z_context.frozen_integers(), loaded.model.config.N_z)
 
     @classmethod
     def load(cls, name_or_path_or_uri: str = "cotam-base", device: str = "cpu", max_pixels: int = MAX_PIXELS) -> Codec:
@@ -237,7 +237,7 @@ class Codec:
         q = compressed.quality_index
         h, w = compressed.symbols.shape[1:3]
         segments = [
-            (compressed.z.ravel(), self._z_rows(q, h, w)),
+            (compressed.z.ravel(), self._z_rows(self._z_levels(q, h, w))),
             drop_skipped(compressed.symbols[0], compressed.rows[0], NUM_SKIPPED_SCALES),
             drop_skipped(compressed.symbols[1], compressed.rows[1], NUM_SKIPPED_SCALES),
         ]
@@ -304,13 +304,11 @@ class Codec:
     ) -> list[DecompressedImage]:
         """One batch of ``decompress``; adds the bits of all its elements of y to ``bits`` (h, w)."""
         h, w = _latent_size(streams[0].height, streams[0].width)
-        hz, wz = -(-h // HYPER_STRIDE), -(-w // HYPER_STRIDE)
-        config = self.model.config
         q, model = self._q(quality), self._model(quality[0])
         try:
             decoders = [self._coder.decoder(s.latent_string, s.lanes_log2) for s in streams]
-            residuals = [d.decode(self._z_rows(k, h, w)) for d, k in zip(decoders, quality, strict=True)]
-            z = np.stack([self._z_context.restore(r.reshape(config.N_z, hz, wz)) for r in residuals])
+            levels = [self._z_levels(k, h, w) for k in quality]
+            z = np.stack([self._decode_z(d, k) for d, k in zip(decoders, levels, strict=True)])
             if (np.abs(z) > ACTIVATION_MAX).any():
                 raise RansError("hyper-latent out of range")
             z_hat = torch.from_numpy(z).to(self.device).float()
@@ -331,6 +329,10 @@ class Codec:
             DecompressedImage(s.width, s.height, k, y)
             for s, k, y in zip(streams, quality, torch.stack([y_first, y_second], dim=1), strict=True)
         ]  # fmt: skip
+
+    def _decode_z(self, decoder: RansDecoder, levels: NDArray[np.int64]) -> NDArray[np.int32]:
+        residuals = decoder.decode(self._z_rows(levels)).reshape(-1, *levels.shape)
+        return self._z_context.restore(residuals, levels)
 
     def _decode_half(self, decoders: list[RansDecoder], indexes: Tensor, executor: Executor | None) -> Tensor:
         rows = indexes.permute(0, 2, 3, 1).byte().contiguous().cpu().numpy()
@@ -373,11 +375,15 @@ class Codec:
         maps = [np.full((1, 1), q) if isinstance(q, int) else q for q in quality]
         return torch.from_numpy(np.stack(maps).astype(np.float32))[:, None].to(self.device)
 
-    def _z_rows(self, quality: QualityIndex, h: int, w: int) -> NDArray[np.uint8]:
+    def _z_levels(self, quality: QualityIndex, h: int, w: int) -> NDArray[np.int64]:
+        """Levels of the z positions of a latent of h x w: (hz, wz)."""
         q = torch.from_numpy(np.atleast_2d(np.asarray(quality, dtype=np.float32)))[None, None]
-        levels = self.model.z_levels(q)[0].numpy()
-        hz, wz = -(-h // HYPER_STRIDE), -(-w // HYPER_STRIDE)
-        rows = self._z_rows_of_level[np.broadcast_to(levels, (hz, wz))]  # (hz, wz, N_z)
+        levels: NDArray[np.int64] = self.model.z_levels(q)[0].numpy()
+        return np.ascontiguousarray(np.broadcast_to(levels, (-(-h // HYPER_STRIDE), -(-w // HYPER_STRIDE))))
+
+    def _z_rows(self, levels: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """CDF rows of all z, in the order they are coded in: channel, row, column."""
+        rows = self._z_rows_of_level[levels]  # (hz, wz, N_z)
         return np.ascontiguousarray(rows.transpose(2, 0, 1)).ravel()
 
 

@@ -86,11 +86,22 @@ def from_mapping(cls: type[T], values: dict[str, Any], where: str = "config") ->
         nested = factory if isinstance(factory, type) and dataclasses.is_dataclass(factory) else None
         if nested is not None and isinstance(value, dict):
             value = from_mapping(nested, value, f"{where}.{name}")
-        kwargs[name] = tuple(value) if isinstance(value, list) else value
+        value = tuple(value) if isinstance(value, list) else value
+        try:
+            kwargs[name] = _as_numbers(value, hints[name].default)
+        except ValueError as error:
+            raise ValueError(f"{where}.{name}: {error}") from None
     try:
         return cls(**kwargs)
     except TypeError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def _as_numbers(value: Any, like: Any) -> Any:
+    """Text as numbers where ``like`` has numbers: YAML 1.1 reads 1e-3, without a point, as text."""
+    if isinstance(value, tuple) and isinstance(like, tuple) and like:
+        return tuple(_as_numbers(item, like[0]) for item in value)
+    return float(value) if isinstance(value, str) and isinstance(like, float) else value
 
 
 def load_yaml(cls: type[T], path: str | Path) -> T:

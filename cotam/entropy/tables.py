@@ -1,7 +1,7 @@
-"""Integer CDF tables: two rows per scale, 16 bits, with an escape symbol.
+"""Integer CDF tables: three rows per scale, 16 bits, with an escape symbol.
 
-Rows 0 to NUM_SCALES - 1 are for ``y``: the distribution that symbols really have where the model predicts that scale.
-The others are zero-mean discretised Gaussians, for the hyper-latent and quality maps.
+Rows 0 to NUM_SCALES - 1 are for ``y``, those from Z_ROWS on for the hyper-latent: the distributions that symbols really
+have where the model predicts a scale. Those from GAUSSIAN_ROWS on are zero-mean discretised Gaussians, for maps.
 The tables are part of a checkpoint (stored as integers, never recomputed by a decoder), so they cannot differ between
 machines. Row r covers symbols -radius[r] .. radius[r] and, last, the escape symbol, which stands for anything outside.
 """
@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 NUM_SCALES = 64
-GAUSSIAN_ROWS = NUM_SCALES  # the first row of Gaussians
-NUM_ROWS = 2 * NUM_SCALES
+Z_ROWS = NUM_SCALES  # the first row of the hyper-latent
+GAUSSIAN_ROWS = 2 * NUM_SCALES  # the first row of Gaussians
+NUM_ROWS = 3 * NUM_SCALES
 COUNTED_MAX = 1279  # five deviations of the largest scale
 SCALE_MIN = 0.11
 SCALE_MAX = 256.0
@@ -47,17 +48,17 @@ def build_tables(counts: NDArray[np.int64] | None = None) -> Tables:
     """Build the tables; done once, when a checkpoint is exported.
 
     Args:
-        counts: int (NUM_SCALES, 2 COUNTED_MAX + 1), how often each symbol from -COUNTED_MAX to COUNTED_MAX was coded
-            under each scale index; None takes Gaussians for them, too. Dead zones and heavy tails make real symbols
-            differ from Gaussians, at the cost of some 2 % of the bits.
+        counts: int (2, NUM_SCALES, 2 COUNTED_MAX + 1), how often each symbol from -COUNTED_MAX to COUNTED_MAX of ``y``
+            and of the hyper-latent was coded under each scale index; None takes Gaussians for them, too. Dead zones
+            and heavy tails make real symbols differ from Gaussians, at the cost of some 2 % of the bits.
     """
     symbols = np.arange(-COUNTED_MAX, COUNTED_MAX + 1)
     gaussians = [_gaussian_mass(symbols, scale) for scale in scales()]
-    fitted = gaussians
+    fitted = 2 * gaussians
     if counts is not None:
-        both_signs = counts + counts[:, ::-1]
+        both_signs = (counts + counts[..., ::-1]).reshape(2 * NUM_SCALES, -1)
         fitted = []
-        for row, gaussian in zip(both_signs, gaussians, strict=True):
+        for row, gaussian in zip(both_signs, 2 * gaussians, strict=True):
             width = 1 + np.count_nonzero(gaussian > 2.0**-PRECISION_BITS)  # a Gaussian fills in what was seldom seen
             fitted.append((row + _PRIOR_COUNT * width * gaussian) / (row.sum() + _PRIOR_COUNT * width))
     rows, radii = [], []

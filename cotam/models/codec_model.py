@@ -119,7 +119,8 @@ class CodecModel(nn.Module):
         self.gains = QualityGains(config)
         self.h_a = HyperAnalysis(config)
         self.entropy_parameters = EntropyParameters(config)
-        self.z_context = IntConv2d(config.N_z, config.N_z, depthwise=True, causal=True, low=-ACTIVATION_MAX)
+        num_filters = config.N_z * config.num_levels  # levels of a channel follow each other
+        self.z_context = IntConv2d(config.N_z, num_filters, depthwise=True, causal=True, low=-ACTIVATION_MAX)
         nn.init.zeros_(self.z_context.weight)
         # With a bias to learn, half of the channels came to rest between two integers, where noise prices them wrongly.
         self.z_context.bias.requires_grad_(False)
@@ -170,6 +171,10 @@ class CodecModel(nn.Module):
         state = self.state_dict()
         for name in ("gains.log_gain", "gains.log_inverse", "z_log_scale"):
             state[name] = state[name][low] * (1 - weight) + state[name][low + 1] * weight
+        filters = state["z_context.weight"].unflatten(0, (-1, len(old))).transpose(0, 1).flatten(1)
+        filters = filters[low] * (1 - weight) + filters[low + 1] * weight
+        state["z_context.weight"] = filters.unflatten(1, (-1, 1, 3, 3)).transpose(0, 1).flatten(0, 1)
+        state["z_context.bias"], state["z_context.gain"] = torch.zeros(2, len(state["z_context.weight"]))
         spacing = (old[-1] - old[0]) / (len(old) - 1)
         rate = float((new[-1] - new[0]) / (len(new) - 1) / spacing)  # old quality levels in a new one
         offset = float((new[0] - old[0]) / spacing) * Q_STEPS
@@ -187,8 +192,14 @@ class CodecModel(nn.Module):
         mean = (q if uniform else F.avg_pool2d(pad_to_multiple(q, HYPER_STRIDE), HYPER_STRIDE))[:, 0]
         return torch.floor(mean / Q_STEPS + 0.5).long()
 
+    def z_prediction(self, z: Tensor, q: Tensor) -> Tensor:
+        """What the positions before say about ``z``, both (B, N_z, hz, wz), by the weights of each position's level."""
+        every = self.z_context(z).unflatten(1, (z.shape[1], -1))
+        levels = self.z_levels(q)[:, None, None].expand(-1, z.shape[1], 1, *z.shape[2:])
+        return every.gather(2, levels)[:, :, 0]
+
     def z_indexes(self) -> Tensor:
-        """CDF rows of z, int64 (L, N_z)."""
+        """Scale indexes of z, int64 (L, N_z)."""
         return index_of_scale(self.z_log_scale.exp()).round().long()
 
     def forward(self, x: Tensor, q: Tensor) -> ForwardOutput:
@@ -209,7 +220,7 @@ class CodecModel(nn.Module):
         z_hat = round_ste(z)
         z_scale = self.z_log_scale[self.z_levels(q)].permute(0, 3, 1, 2).exp()
         noisy = z + torch.empty_like(z).uniform_(-0.5, 0.5) if self.training else z_hat
-        z_bits = gaussian_bits(noisy - self.z_context(z_hat), z_scale).sum(1, keepdim=True)
+        z_bits = gaussian_bits(noisy - self.z_prediction(z_hat, q), z_scale).sum(1, keepdim=True)
 
         hyper = self.entropy_parameters.hyper(z_hat, q, y.shape[2], y.shape[3])
         y_first, y_second = split_halves(y)
@@ -252,7 +263,7 @@ class CodecModel(nn.Module):
         second = self.decompress_second(hyper, self.y_fixed(symbols_first, first), q)
         symbols_second = self._symbols(y_second, second)
         return Latents(
-            (z - self.z_context(z)).short(),
+            (z - self.z_prediction(z, q)).short(),
             _channels_last([symbols_first, symbols_second], torch.int16),
             _channels_last([first.indexes, second.indexes], torch.uint8),
         )

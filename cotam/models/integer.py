@@ -59,7 +59,7 @@ class IntConv2d(nn.Module):
 
     Args:
         in_channels, out_channels: channel counts.
-        depthwise: 3x3 with one filter a channel (then both counts are equal) instead of 1x1.
+        depthwise: 3x3 with out_channels / in_channels filters a channel, which follow each other, instead of 1x1.
         causal: of the 3x3 positions only those before the middle one in raster order have weights.
         low, high: output clip; (0, 127) is a ReLU that stays in range, (-127, 127) a linear layer.
         quality_bias: add ``q`` times a learned integer to every position.
@@ -81,8 +81,8 @@ class IntConv2d(nn.Module):
         unit: float = 1.0,
     ) -> None:
         super().__init__()
-        if depthwise and in_channels != out_channels:
-            raise ValueError("a depthwise layer keeps the number of channels")
+        if depthwise and out_channels % in_channels:
+            raise ValueError("a depthwise layer has a whole number of filters a channel")
         self.depthwise, self.low, self.high, self.quality_bias, self.unit = depthwise, low, high, quality_bias, unit
         self.register_buffer("_mask", torch.tensor(_CAUSAL) if causal else None, persistent=False)
         shape = (out_channels, 1, 3, 3) if depthwise else (out_channels, in_channels, 1, 1)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cotam.config import Q_STEPS
-from cotam.entropy.tables import COUNTED_MAX, NUM_SCALES, Tables, build_tables
+from cotam.entropy.tables import COUNTED_MAX, NUM_SCALES, Z_ROWS, Tables, build_tables
 from cotam.models.codec_model import CodecModel, interpolated_lmbdas, rate_distortion_loss
 from cotam.models.transforms import LATENT_STRIDE
 from cotam.train.config import CodecTrainConfig
@@ -89,15 +89,16 @@ class CodecTrainer(Trainer[CodecModel, Tensor]):
         """CDF tables of the symbols that the averaged model makes of training crops at random qualities."""
         side, num_batches = self.config.crop_px // LATENT_STRIDE, -(-self.config.table_crops // self.config.batch_size)
         width = 2 * COUNTED_MAX + 1
-        counts = np.zeros(NUM_SCALES * width, dtype=np.int64)
+        counts = np.zeros(2 * NUM_SCALES * width, dtype=np.int64)
         self.ema.freeze()
         for batch in itertools.islice(self.batches(), num_batches):
             q = random_quality_maps(len(batch), side, side, self.model.num_q, self._maps).to(self.device)
             latents = self.ema.compress(batch.to(self.device), q)
-            symbols = latents.symbols.long().clamp(-COUNTED_MAX, COUNTED_MAX) + COUNTED_MAX
-            cells = latents.indexes.long() * width + symbols
-            counts += torch.bincount(cells.flatten(), minlength=len(counts)).cpu().numpy()
-        return build_tables(counts.reshape(NUM_SCALES, width))
+            z_rows = self.ema.z_indexes()[self.ema.z_levels(q)].permute(0, 3, 1, 2) + Z_ROWS
+            for symbols, rows in ((latents.symbols, latents.indexes.long()), (latents.z, z_rows)):
+                cells = rows * width + symbols.long().clamp(-COUNTED_MAX, COUNTED_MAX) + COUNTED_MAX
+                counts += torch.bincount(cells.flatten(), minlength=len(counts)).cpu().numpy()
+        return build_tables(counts.reshape(2, NUM_SCALES, width))
 
     def prepare(self) -> None:
         """The linear paths start at the KLT of training patches."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import braceexpand
 import numpy as np
@@ -19,6 +20,7 @@ from cotam.train.config import DataConfig
 
 IMAGE_MEMBERS = "jpg;jpeg;png;webp"
 _PIXELS_PER_CROP = 2.5  # a large image gives one crop per this many crop areas, so that its decoding pays
+_MIN_SCALE = 0.5  # images shrink by a random factor: other sizes of the same things, and less of a JPEG's own noise
 _MAX_CROPS = 8
 
 
@@ -57,7 +59,7 @@ class CropDataset(IterableDataset[Tensor]):
             )
             produced = False
             for sample in dataset.shuffle(200, rng=rng).to_tuple(IMAGE_MEMBERS):
-                image = decode_rgb(sample[0])
+                image = decode_rgb(sample[0], lambda side: rng.uniform(min(1.0, max(_MIN_SCALE, size / side)), 1.0))
                 if image is None or min(image.shape[:2]) < size:
                     continue
                 area = image.shape[0] * image.shape[1] / size**2
@@ -107,11 +109,17 @@ def expand_urls(urls: Sequence[str]) -> list[str]:
     return [url for pattern in urls for url in braceexpand.braceexpand(pattern)]
 
 
-def decode_rgb(data: bytes) -> np.ndarray | None:  # type: ignore[type-arg]
-    """Decode training bytes to uint8 (H, W, 3); None for what cannot be decoded."""
+def decode_rgb(data: bytes, scale: Callable[[int], float] | None = None) -> np.ndarray | None:  # type: ignore[type-arg]
+    """Decode training bytes to uint8 (H, W, 3), scaled by what ``scale`` says to its shorter side; None if it fails."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(image.convert("RGB"))
+            rgb = image.convert("RGB")
+            factor = scale(min(rgb.size)) if scale is not None else 1.0
+            if factor != 1:
+                rgb = rgb.resize(
+                    (math.ceil(rgb.width * factor), math.ceil(rgb.height * factor)), Image.Resampling.LANCZOS
+                )
+            return np.asarray(rgb)
     except (OSError, ValueError):
         return None
 

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from cotam.models.precision import computes_in_bfloat16
@@ -49,7 +50,7 @@ class Trainer(ABC, Generic[M, B]):
         seed: of what is drawn from here on; another one for every restart and rank.
 
     Raises:
-        ValueError: the checkpoint is of another shape.
+        ValueError: the checkpoint is of another shape, or of another optimizer.
     """
 
     def __init__(self, model: M, schedule: Schedule, out_dir: Path, device: str, identity: Any) -> None:
@@ -59,7 +60,9 @@ class Trainer(ABC, Generic[M, B]):
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.step, self.trained_s = 0, 0.0
         self._identity = json.dumps(identity, sort_keys=True)
-        self._optimizers = _make_optimizers(self.parameter_groups(), schedule)
+        groups = self.parameter_groups()
+        self._kinds = list(dict.fromkeys(group.get("optimizer", "adamw") for group in groups))
+        self._optimizers = _make_optimizers(groups, schedule)
         checkpoint = out_dir / CHECKPOINT
         self.resumed = checkpoint.exists()
         if self.resumed:
@@ -104,7 +107,13 @@ class Trainer(ABC, Generic[M, B]):
         before = last = last_checkpoint = time.monotonic()
         sums: dict[str, Tensor] = {}
         count = 0
-        while (progress := self._agreed_progress()) < 1:
+        while True:
+            progress, is_due = self._agreed(time.monotonic() - last_checkpoint > 60 * self.schedule.eval_minutes)
+            if is_due or progress >= 1:
+                self._checkpoint(log)
+                before = last = last_checkpoint = time.monotonic()
+            if progress >= 1:
+                return self.ema
             for name, value in self._train_step(next(batches), progress).items():
                 sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value
             count += 1
@@ -115,12 +124,6 @@ class Trainer(ABC, Generic[M, B]):
                 means = {name: float(value) / count for name, value in sums.items()}
                 log({"step": self.step, "progress": progress, **means, "steps_per_s": count / (now - last)})
                 sums, last, count = {}, now, 0
-            if self.rank == 0 and now - last_checkpoint > 60 * self.schedule.eval_minutes:
-                self._checkpoint(log)
-                before = last = last_checkpoint = time.monotonic()
-        if self.rank == 0:
-            self._checkpoint(log)
-        return self.ema
 
     def progress(self) -> float:
         """How far the schedule is, in [0, 1]."""
@@ -129,11 +132,12 @@ class Trainer(ABC, Generic[M, B]):
         by_time = self.trained_s / (60 * schedule.max_minutes) if schedule.max_minutes else 0.0
         return min(1.0, max(by_step, by_time))
 
-    def _agreed_progress(self) -> float:
-        progress = torch.tensor(self.progress(), device=self.device)
-        if dist.is_initialized():  # clocks differ, and all ranks have to stop at the same step
-            dist.broadcast(progress, 0)
-        return float(progress)
+    def _agreed(self, is_due: bool) -> tuple[float, bool]:
+        """Progress, and whether a checkpoint is due: clocks differ, and all ranks have to do the same."""
+        values = torch.tensor([self.progress(), is_due], device=self.device)
+        if dist.is_initialized():
+            dist.broadcast(values, 0)
+        return float(values[0]), bool(values[1])
 
     def _train_step(self, batch: B, progress: float) -> dict[str, Tensor]:
         rate = _learning_rate(self.schedule, self.step, progress)
@@ -159,6 +163,11 @@ class Trainer(ABC, Generic[M, B]):
         torch._foreach_lerp_(average, current, 1 - decay)
 
     def _checkpoint(self, log: Log) -> None:
+        for optimizer in self._optimizers:
+            if isinstance(optimizer, ZeroRedundancyOptimizer):
+                optimizer.consolidate_state_dict()
+        if self.rank != 0:
+            return
         self.ema.eval()
         for result in self.evaluate():
             log({"step": self.step, "minutes": self.trained_s / 60, "evaluation": result})
@@ -167,6 +176,7 @@ class Trainer(ABC, Generic[M, B]):
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+            "kinds": self._kinds,
             "step": self.step,
             "trained_s": self.trained_s,
         }
@@ -178,6 +188,9 @@ class Trainer(ABC, Generic[M, B]):
         state = torch.load(path, map_location=self.device, weights_only=True)
         if state["config"] != self._identity:
             raise ValueError(f"{path} holds a model of another shape; choose another output folder")
+        kinds = state["kinds"]
+        if kinds != self._kinds:
+            raise ValueError(f"{path} was trained with {', '.join(kinds)}; set that, or choose another output folder")
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         for optimizer, optimizer_state in zip(self._optimizers, state["optimizers"], strict=True):
@@ -195,13 +208,7 @@ def _make_optimizers(groups: list[dict[str, Any]], schedule: Schedule) -> list[t
     makers: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
         "adamw": lambda own: torch.optim.AdamW(own, lr=rate, betas=betas, weight_decay=decay, foreach=True),
         "muon": lambda own: torch.optim.Muon(own, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
-        "soap": lambda own: _soap()(
-            own,
-            lr=rate,
-            weight_decay=decay,
-            precondition_frequency=_SOAP_FREQUENCY,
-            max_precondition_dim=_SOAP_MAX_DIM,
-        ),
+        "soap": lambda own: _soap(own, lr=rate, weight_decay=decay),
     }
     kinds: dict[str, list[dict[str, Any]]] = {}
     for group in groups:
@@ -210,12 +217,16 @@ def _make_optimizers(groups: list[dict[str, Any]], schedule: Schedule) -> list[t
     return [makers[kind](own) for kind, own in kinds.items()]
 
 
-def _soap() -> Any:
+def _soap(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
     try:
         from pytorch_optimizer import SOAP
     except ImportError:
         raise ValueError("optimizer soap needs pytorch-optimizer: pip install 'cotam[train]'") from None
-    return SOAP
+    options |= {"precondition_frequency": _SOAP_FREQUENCY, "max_precondition_dim": _SOAP_MAX_DIM}
+    if not dist.is_initialized():
+        return SOAP(groups, **options)
+    # Its rotations cost two thirds of what gradients cost: each rank computes its part.
+    return ZeroRedundancyOptimizer(groups, SOAP, parameters_as_bucket_view=True, **options)
 
 
 def transformer_groups(named: Iterable[tuple[str, nn.Parameter]], factor: float = 1.0) -> list[dict[str, Any]]:

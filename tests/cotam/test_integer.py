@@ -199,11 +199,13 @@ def test_a_model_cut_to_fewer_channels_computes_the_same_integers(codec: Codec, 
 def test_the_hyper_latent_comes_back_from_what_it_differs_by_from_its_prediction(
     codec: Codec, shape: tuple[int, int]
 ) -> None:
-    layer, generator = codec.model.z_context, torch.Generator().manual_seed(1)
-    assert layer.frozen_integers().weight.any()
+    model, generator = codec.model, torch.Generator().manual_seed(1)
+    integers, num_channels = model.z_context.frozen_integers(), model.config.N_z
+    assert integers.weight.unflatten(0, (num_channels, -1)).flatten(2).any(-1).any(0).all(), "a level predicts nothing"
     for spread in (1.0, 5.0, 200.0):
-        z = torch.randn(1, codec.model.config.N_z, *shape, generator=generator) * spread
+        z = torch.randn(1, num_channels, *shape, generator=generator) * spread
         z = z.round().clamp(-ACTIVATION_MAX, ACTIVATION_MAX)
-        residuals = (z - layer(z))[0].short().numpy()
-        restored = CausalPredictor(layer.frozen_integers()).restore(residuals)
+        q = torch.randint(model.num_q, (1, 1, 4 * shape[0], 4 * shape[1]), generator=generator).float()
+        residuals = (z - model.z_prediction(z, q))[0].short().numpy()
+        restored = CausalPredictor(integers, num_channels).restore(residuals, model.z_levels(q)[0].numpy())
         np.testing.assert_array_equal(restored, z[0].numpy())

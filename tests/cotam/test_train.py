@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +78,27 @@ def test_a_run_resumes_and_exports_a_codec(
     train_codec(further, tmp_path / "further", "cpu", init=str(weights))
     with pytest.raises(ValueError, match="another shape"):
         CodecTrainer(dataclasses.replace(config, model=CodecConfig(M=64)), out)
+    other = "soap" if optimizer == "adamw" else "adamw"
+    with pytest.raises(ValueError, match=f"was trained with {optimizer}"):
+        CodecTrainer(dataclasses.replace(longer, optimizer=other), out)
+
+
+def test_a_run_of_two_processes_goes_on_in_one_and_back(config: CodecTrainConfig, tmp_path: Path) -> None:
+    """Ranks share the optimizer's work and its state; a checkpoint holds all of it, and each takes its part."""
+    file, out = tmp_path / "config.yaml", tmp_path / "run"
+    for num_processes, max_steps in ((2, 4), (1, 7), (2, 9)):
+        step = dataclasses.replace(config, optimizer="soap", max_steps=max_steps)
+        file.write_text(json.dumps(dataclasses.asdict(step)))
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"] if num_processes == 2 else []
+        command = [sys.executable, *launcher, "-m", "jobs.cli", "train", "codec", str(out), "--config", str(file)]
+        done = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        state = torch.load(out / "checkpoint.pt", weights_only=True)
+        num_trained = sum(p.requires_grad for p in CodecModel(SMALL).parameters())
+        assert state["step"] == max_steps
+        assert [len(optimizer["state"]) for optimizer in state["optimizers"]] == [num_trained]
+        assert state["optimizers"][0]["param_groups"][0]["step"] == max_steps
+    Codec.load(str(out / "codec.safetensors"))
 
 
 def test_training_lowers_the_loss(config: CodecTrainConfig, tmp_path: Path) -> None:
@@ -117,6 +141,12 @@ def test_config_file_errors_name_the_key(tmp_path: Path, codec: Codec) -> None:
         file.write_text(f"model: {{M: 64, M_levels: {levels}}}\n")
         with pytest.raises(ValueError, match="M_levels"):
             load_yaml(CodecTrainConfig, file)
+    file.write_text("learning_rate: fast\n")
+    with pytest.raises(ValueError, match=r"config.yaml.learning_rate: .*'fast'"):
+        load_yaml(CodecTrainConfig, file)
+    file.write_text("learning_rate: 1e-3\nmodel: {lmbdas: [1e-5, 0.1]}\n")  # text for YAML
+    config = load_yaml(CodecTrainConfig, file)
+    assert config.learning_rate == 1e-3 and config.model.lmbdas == (1e-5, 0.1)
     packaged = Path(trainer_module.__file__).parent.parent / "configs/codec-base.yaml"
     assert load_yaml(CodecTrainConfig, packaged).model == codec.model.config
 

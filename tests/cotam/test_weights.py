@@ -59,7 +59,7 @@ def _change(name: str, value: int) -> Callable[[Arrays], None]:
         (lambda a: a.pop("g_a.linear.weight"), "does not fit its own configuration.*g_a.linear.weight"),
         (lambda a: a.pop("tables.cdf"), "does not fit its own configuration.*tables.cdf"),
         (_with(**{"g_a.linear.weight": np.zeros((2, 3), np.float16)}), "does not fit its own configuration"),
-        (_with(**{"tables.start": np.zeros(65, np.int32)}), "CDF tables"),
+        (_with(**{"tables.start": np.zeros(193, np.int32)}), "CDF tables"),
         (_change("tables.cdf", 5), "CDF tables"),
         (_change("entropy_parameters.first.mix.weight", -128), "not in normal form"),
         (_change("entropy_parameters.first.mix.bias", 2**30), "overflow"),

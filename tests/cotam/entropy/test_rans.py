@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from cotam.entropy.rans import MAX_LANES_LOG2, SYMBOL_MAX, RansCoder, RansError, Segment
-from cotam.entropy.tables import COUNTED_MAX, NUM_SCALES, PRECISION_BITS, Tables, build_tables, check_tables, scales
+from cotam.entropy.tables import (
+    COUNTED_MAX,
+    NUM_SCALES,
+    PRECISION_BITS,
+    Z_ROWS,
+    Tables,
+    build_tables,
+    check_tables,
+    scales,
+)
 
 TABLES = build_tables()
 CODER = RansCoder(TABLES)
@@ -81,13 +90,15 @@ def test_code_length_is_within_half_a_percent_of_the_entropy(lanes_log2: int) ->
     assert len(string) * 8 - state_bits < 1.005 * _cross_entropy_bits(symbols, rows)
 
 
-def test_fitted_tables_code_what_they_were_fitted_to_near_its_entropy() -> None:
+@pytest.mark.parametrize("kind", [0, 1], ids=["latent", "hyper-latent"])
+def test_fitted_tables_code_what_they_were_fitted_to_near_its_entropy(kind: int) -> None:
     rng = np.random.default_rng(4)
     rows = np.repeat(np.array([12, 16, 20, 40], np.uint8), 50_000)
     deviations = rng.laplace(size=(2, len(rows))) * scales()[rows] * 0.7
     fitted, coded = (np.trunc(d + np.copysign(0.4, d)).astype(np.int16) for d in deviations)  # with a dead zone
-    counts = np.zeros((NUM_SCALES, 2 * COUNTED_MAX + 1), np.int64)
-    np.add.at(counts, (rows, fitted.astype(np.int64) + COUNTED_MAX), 1)
+    counts = np.zeros((2, NUM_SCALES, 2 * COUNTED_MAX + 1), np.int64)
+    np.add.at(counts[kind], (rows, fitted.astype(np.int64) + COUNTED_MAX), 1)
+    rows += kind * Z_ROWS
     tables = build_tables(counts)
     check_tables(tables)
     for row in np.unique(rows):
@@ -98,7 +109,7 @@ def test_fitted_tables_code_what_they_were_fitted_to_near_its_entropy() -> None:
         assert bits < 1.01 * entropy
         assert bits < 0.98 * _cross_entropy_bits(symbols, its_rows)
         assert 8 * len(RansCoder(tables).encode([(symbols, its_rows)])[0]) < 1.005 * bits + 256
-    for seldom in (0, 30, 63):  # what was never seen is coded as a Gaussian
+    for seldom in (0, 30, 63, 64, 94, 127):  # what was never seen is coded as a Gaussian
         assert tables.radius[seldom] == TABLES.radius[seldom]
 
 
