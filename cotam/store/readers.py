@@ -38,6 +38,8 @@ def read_partition(partition: Partition) -> Iterator[Sample | Reject]:
     """
     if partition.problem:
         raise ValueError(f"{partition.source}: {partition.problem}")
+    if not _is_utf8(partition.source):
+        raise ValueError(f"{partition.source!a}: the name is not UTF-8: rename it")  # every row has it in a column
     times_seen: dict[bytes, int] = {}  # by digest: keys may be long, and there may be many
     for item in _READERS[partition.kind](partition):
         if len(item.key) > _MAX_KEY_CHARACTERS:
@@ -48,6 +50,10 @@ def read_partition(partition: Partition) -> Iterator[Sample | Reject]:
             yield item if key == item.key else dataclasses.replace(item, key=key)
         else:
             yield item
+
+
+def _is_utf8(name: str) -> bool:
+    return name.encode(errors="replace").decode() == name
 
 
 def _unique(key: str, times_seen: dict[bytes, int]) -> str:

@@ -90,9 +90,11 @@ def test_everything_bad_in_one_job(tmp_path: Path) -> None:
     os.mkfifo(source / "pipe.tar")
     (source / "disk.tar").symlink_to("/proc/self/mem")  # fails at its first seek or byte
     (source / "folder.tar").mkdir()
+    (source / os.fsdecode(b"latin-\xe9.tar")).write_bytes(GOOD + AFTER)
     failures = {
         **write_bad_parquet(source),
         "pipe": "a folder, a pipe or a device",
+        "latin-\udce9": "not UTF-8: rename it",
         "disk": "OSError: [Errno ",
     }
     summary = encode(str(source), dst)
