@@ -23,14 +23,14 @@ from safetensors.numpy import save as save_safetensors
 from cotam.config import CodecConfig, from_mapping
 from cotam.entropy.tables import Tables, build_tables, check_tables, scales
 from cotam.models.codec_model import CodecModel
-from cotam.models.integer import BIAS_UNIT, IntConv2d
+from cotam.models.integer import IntConv2d
 from cotam.store.fs import split_uri
 
 FORMAT = "cotam-codec/2"
 # Packaged weights by name: the sha256 of cotam/packaged/{name}.safetensors.
 PACKAGED: dict[str, str] = {
     "cotam-adapter-tiny": "ae3d69a8ecb69abed82a60b6367fb3d2a5921068d3ca1695f3ef9de71b19bd8a",
-    "cotam-base": "5f911d98c58287b4f269cfb1a5b3d37d3ec9ded5690311736e95da52a319fdf6",
+    "cotam-base": "5a8dc3dd20944ccdf4e61a81e8a4553dcd8ccdcaf2add83e13d28c37a57c8298",
 }
 # Packaged folders by name: the sha256 of the weights in cotam/packaged/{name}.
 PACKAGED_FOLDERS: dict[str, tuple[str, str]] = {
@@ -183,8 +183,7 @@ def _load_state(model: CodecModel, arrays: _Arrays) -> None:
             # The parameters that quantise to exactly these integers, so that training can go on from them.
             scale = np.exp2(arrays[f"{owner}.exponent"].astype(np.float32))
             array = arrays[name].astype(np.float32)
-            unit = {"weight": layers[owner].unit, "bias": BIAS_UNIT, "gain": 1}[leaf]
-            array = array * scale.reshape(-1, *([1] * (array.ndim - 1))) / unit
+            array = array * scale.reshape(-1, *([1] * (array.ndim - 1))) / layers[owner].units[leaf]
         elif name == "z_log_scale":
             array = np.log(scales())[arrays["z_indexes"]].astype(np.float32)
         else:

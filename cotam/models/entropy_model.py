@@ -30,6 +30,7 @@ from cotam.models.layers import pad_to_multiple, round_ste
 
 MEAN_STEPS = 8  # means are integers in units of 1/8 of a quantisation step
 MEAN_MAX = 2**15 - 1
+FEATURE_STEPS = 16  # features are 0 to 8 in steps of 1/16: in whole steps most of them are 0, and hidden layers idle
 COARSE_STEP = 4  # quantisation steps of y in one of the z channels that start as its mean over 4x4 positions
 NUM_COARSE = 16  # how many do; y's channels start in the order of their energy
 COARSE_VIEW = 16  # the context sees y_hat twice: fine to +-16 steps, 16 times coarser to +-254
@@ -94,14 +95,14 @@ class HyperSynthesis(nn.Module):
         super().__init__()
         n = config.N_hyper
         self.up1 = IntConv2d(config.N_z, 4 * 128, unit=16)  # z_hat is a few steps wide, activations are tens
-        self.spatial1 = IntConv2d(128, 128, depthwise=True, low=-ACTIVATION_MAX)
-        self.mix1 = IntConv2d(128, 128)
-        self.up2 = IntConv2d(128, 4 * n)
-        self.spatial2 = IntConv2d(n, n, depthwise=True, low=-ACTIVATION_MAX)
-        self.mix2 = IntConv2d(n, n, quality_bias=True)
+        self.spatial1 = IntConv2d(128, 128, depthwise=True, low=-ACTIVATION_MAX, out_steps=2)
+        self.mix1 = IntConv2d(128, 128, in_steps=2, out_steps=2)
+        self.up2 = IntConv2d(128, 4 * n, in_steps=2)
+        self.spatial2 = IntConv2d(n, n, depthwise=True, low=-ACTIVATION_MAX, out_steps=8)
+        self.mix2 = IntConv2d(n, n, quality_bias=True, in_steps=8, out_steps=FEATURE_STEPS)
         self.coarse = IntConv2d(config.N_z, config.M, low=-MEAN_MAX, high=MEAN_MAX, unit=16)
         with torch.no_grad():
-            _start_diagonal(self.coarse.weight, COARSE_STEP * MEAN_STEPS / self.coarse.unit)
+            _start_diagonal(self.coarse.weight, COARSE_STEP * MEAN_STEPS / self.coarse.units["weight"])
 
     def forward(self, z_hat: Tensor, q: Tensor) -> Hyper:
         x = self.mix1(self.spatial1(F.pixel_shuffle(self.up1(z_hat), 2)))
@@ -122,10 +123,13 @@ class ParameterHead(nn.Module):
     def __init__(self, in_channels: int, hidden: int, num_latent: int, *, first: bool) -> None:
         super().__init__()
         self.first = first
-        self.mix = IntConv2d(in_channels, hidden, quality_bias=True)
+        steps = FEATURE_STEPS
+        self.mix = IntConv2d(in_channels, hidden, quality_bias=True, in_steps=steps, out_steps=steps)
         width = hidden + in_channels
-        self.means = IntConv2d(width, num_latent, low=-MEAN_MAX, high=MEAN_MAX, unit=16)
-        self.indexes = IntConv2d(width, num_latent, low=0, high=NUM_SCALES - 1, quality_bias=True, unit=4)
+        self.means = IntConv2d(width, num_latent, low=-MEAN_MAX, high=MEAN_MAX, unit=16, in_steps=steps)
+        self.indexes = IntConv2d(
+            width, num_latent, low=0, high=NUM_SCALES - 1, quality_bias=True, unit=4, in_steps=steps
+        )
         with torch.no_grad():
             self.means.weight.mul_(0.01)
             self.indexes.weight.mul_(0.03)
@@ -164,8 +168,8 @@ class EntropyParameters(nn.Module):
         n, m = config.N_hyper, config.M
         self.h_s = HyperSynthesis(config)
         self.first = ParameterHead(n, n, m, first=True)
-        self.context = IntConv2d(3 * m, 3 * m, depthwise=True, low=-ACTIVATION_MAX)
-        self.squeeze = IntConv2d(3 * m, n, low=-ACTIVATION_MAX)
+        self.context = IntConv2d(3 * m, 3 * m, depthwise=True, low=-ACTIVATION_MAX, out_steps=8)
+        self.squeeze = IntConv2d(3 * m, n, low=-ACTIVATION_MAX, in_steps=8, out_steps=FEATURE_STEPS)
         self.second = ParameterHead(2 * n, n + n // 2, m, first=False)
         self.register_buffer("_in_use", channels_in_use(config)[:, ::2].contiguous(), persistent=False)
 

@@ -23,7 +23,7 @@ from cotam.models.layers import clamp_ste, round_ste
 ACTIVATION_MAX = 127
 ACCUMULATOR_BOUND = 2**24
 BIAS_UNIT = 16  # a real bias of 1 is 16 integer steps, so that biases learn at the pace of weights
-MIN_EXPONENT = -10  # keeps integer biases small enough for the accumulator
+MIN_EXPONENT = -14  # keeps integer biases small enough for the accumulator
 MAX_EXPONENT = 8
 _CAUSAL = ((1.0, 1.0, 1.0), (1.0, 0.0, 0.0), (0.0, 0.0, 0.0))
 
@@ -64,6 +64,8 @@ class IntConv2d(nn.Module):
         low, high: output clip; (0, 127) is a ReLU that stays in range, (-127, 127) a linear layer.
         quality_bias: add ``q`` times a learned integer to every position.
         unit: the parameter behind a weight of ``unit`` is 1: how far apart input and output scales are.
+        in_steps, out_steps: how many integers make 1 in the input and in the output, as the parameters see them: enough
+            that rounding loses nothing, few enough that the clip does not.
     """
 
     _mask: Tensor | None
@@ -79,11 +81,15 @@ class IntConv2d(nn.Module):
         high: int = ACTIVATION_MAX,
         quality_bias: bool = False,
         unit: float = 1.0,
+        in_steps: int = 1,
+        out_steps: int = 1,
     ) -> None:
         super().__init__()
         if depthwise and out_channels % in_channels:
             raise ValueError("a depthwise layer has a whole number of filters a channel")
-        self.depthwise, self.low, self.high, self.quality_bias, self.unit = depthwise, low, high, quality_bias, unit
+        self.depthwise, self.low, self.high, self.quality_bias = depthwise, low, high, quality_bias
+        # What the parameters are times to give real-valued weights, biases and gains of integers.
+        self.units = {"weight": unit * out_steps / in_steps, "bias": BIAS_UNIT * out_steps, "gain": out_steps}
         self.register_buffer("_mask", torch.tensor(_CAUSAL) if causal else None, persistent=False)
         shape = (out_channels, 1, 3, 3) if depthwise else (out_channels, in_channels, 1, 1)
         fan_in = 9 if depthwise else in_channels
@@ -95,16 +101,17 @@ class IntConv2d(nn.Module):
 
     def integers(self) -> Integers:
         """The integers of the current parameters; differentiable by straight-through rounding."""
-        weight = self.weight if self._mask is None else self.weight * self._mask
+        weight = (self.weight if self._mask is None else self.weight * self._mask) * self.units["weight"]
+        bias, gain = self.bias * self.units["bias"], self.gain * self.units["gain"]
         with torch.no_grad():
-            peak = torch.maximum(weight.abs().amax(dim=(1, 2, 3)) * self.unit, self.gain.abs())
+            peak = torch.maximum(weight.abs().amax(dim=(1, 2, 3)), gain.abs())
             # frexp is exact, so every machine derives the same e: peak / 127.5 = m * 2^e with m in [0.5, 1). Then the
             # largest integer is in [64, 127], and quantising the integers times 2^e once more gives the same integers.
             exponent = torch.frexp(peak / (ACTIVATION_MAX + 0.5)).exponent.clamp(MIN_EXPONENT, MAX_EXPONENT)
             exponent = exponent.where(peak > 0, MIN_EXPONENT)  # weights too small for any integer come back as zeros
             scale = torch.ldexp(torch.ones_like(peak), exponent)
-        integers = round_ste(weight * self.unit / scale[:, None, None, None])
-        return Integers(integers, round_ste(self.bias * BIAS_UNIT / scale), round_ste(self.gain / scale), scale)
+        integers = round_ste(weight / scale[:, None, None, None])
+        return Integers(integers, round_ste(bias / scale), round_ste(gain / scale), scale)
 
     def freeze(self) -> None:
         """Fix the integers for inference, after checking that no input can overflow the accumulator.

@@ -60,7 +60,7 @@ def _cross_entropy_bits(symbols: NDArray[np.int16], rows: NDArray[np.uint8], tab
 
 
 def _triangular_tables() -> Tables:
-    radius = np.tile(np.arange(NUM_SCALES, dtype=np.int32) // 8 + 1, 2)
+    radius = np.tile(np.arange(NUM_SCALES, dtype=np.int32) // 8 + 1, 3)
     rows = []
     for r in radius:
         frequency = np.append(1 + (r + 1 - np.abs(np.arange(-r, r + 1))) * 40000 // (r + 1) ** 2, 1)
