@@ -16,8 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cotam.codec import Codec
+from cotam.config import Q_STEPS
+from cotam.image import RGBImage
 from cotam.models.causal import CausalPredictor
 from cotam.models.entropy_model import MEAN_MAX, MEAN_STEPS, EntropyParameters
+from cotam.models.halves import split_halves
 from cotam.models.integer import ACCUMULATOR_BOUND, ACTIVATION_MAX, IntConv2d
 
 
@@ -193,6 +196,33 @@ def test_a_model_cut_to_fewer_channels_computes_the_same_integers(codec: Codec, 
             assert cut.shape[1] == num_channels // 2
             assert torch.equal(cut, full[:, : num_channels // 2])
             assert not full[:, num_channels // 2 :].any()
+
+
+def test_hidden_layers_neither_idle_nor_clip(codec: Codec, photos: dict[str, RGBImage]) -> None:
+    """Activations that round to 0 say nothing, nor do those at the end of their range."""
+    seen: dict[str, Tensor] = {}
+    network = copy.deepcopy(codec.model.entropy_parameters)
+    for name, layer in network.named_modules():
+        if isinstance(layer, IntConv2d) and layer.high == ACTIVATION_MAX:
+
+            def keep(x: Tensor, name: str = name, rounded: Callable[[Tensor], Tensor] = layer._round) -> Tensor:
+                seen[name] = rounded(x)
+                return seen[name]
+
+            layer._round = keep  # type: ignore[method-assign]
+    x = torch.from_numpy(photos["astronaut"]).permute(2, 0, 1)[None].float() / 255
+    for quality in (2, 4, 7):
+        q = torch.full((1, 1, x.shape[2] // 16, x.shape[3] // 16), (quality - 1.0) * Q_STEPS)
+        with torch.no_grad():
+            y = codec.model.g_a(x).float() * codec.model.gains(q)[0]
+            hyper = network.hyper(codec.model.h_a(y).round(), q, *y.shape[2:])
+            params = network.first_params(hyper, q)
+            first = codec.model.y_fixed(codec.model._symbols(split_halves(y)[0], params), params)
+            network.second_params(hyper, first, q)
+        assert len(seen) == 10
+        for name, out in seen.items():
+            assert float((out == 0).float().mean()) < 0.5, f"{name} idles at quality {quality}"
+            assert float((out.abs() == ACTIVATION_MAX).float().mean()) < 0.002, f"{name} clips at quality {quality}"
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (9, 1), (6, 9)])
