@@ -161,3 +161,21 @@ def test_training_goes_on_beside_a_codec_in_use(codec: Codec, photos: dict[str, 
     out = model(torch.rand(1, 3, 64, 64), torch.zeros(1, 1, 4, 4))
     (out.bits.mean() + out.x_hat.mean()).backward()
     assert model.h_a.embed.weight.grad is not None
+
+
+def test_other_quality_levels_start_between_those_that_were_trained(codec: Codec) -> None:
+    old = codec.model
+    same = old.with_lmbdas(old.config.lmbdas).state_dict()
+    for name, tensor in old.state_dict().items():
+        torch.testing.assert_close(same[name], tensor, rtol=1e-5, atol=1e-5)
+
+    lmbdas = old.config.lmbdas
+    between = old.with_lmbdas((*((a * b) ** 0.5 for a, b in zip(lmbdas, lmbdas[1:], strict=False)), lmbdas[-1]))
+    levels, filters = old.config.num_levels, old.z_context.weight.unflatten(0, (-1, old.config.num_levels))
+    for k in range(levels - 1):
+        gain, inverse = between.gains(torch.full((1, 1, 1, 1), float(k * Q_STEPS)))
+        middle = torch.full((1, 1, 1, 1), float(k * Q_STEPS + Q_STEPS // 2))
+        in_use = between.gains.in_use[k * Q_STEPS][None, :, None, None]
+        torch.testing.assert_close((gain, inverse), tuple(t * in_use for t in old.gains(middle)))
+        mixed = between.z_context.weight.unflatten(0, (-1, levels))[:, k]
+        torch.testing.assert_close(mixed, (filters[:, k] + filters[:, k + 1]) / 2)
