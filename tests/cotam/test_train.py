@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -170,7 +171,7 @@ def test_other_quality_levels_start_between_those_that_were_trained(codec: Codec
         torch.testing.assert_close(same[name], tensor, rtol=1e-5, atol=1e-5)
 
     lmbdas = old.config.lmbdas
-    between = old.with_lmbdas((*((a * b) ** 0.5 for a, b in zip(lmbdas, lmbdas[1:], strict=False)), lmbdas[-1]))
+    between = old.with_lmbdas((*((a * b) ** 0.5 for a, b in itertools.pairwise(lmbdas)), lmbdas[-1]))
     levels, filters = old.config.num_levels, old.z_context.weight.unflatten(0, (-1, old.config.num_levels))
     for k in range(levels - 1):
         gain, inverse = between.gains(torch.full((1, 1, 1, 1), float(k * Q_STEPS)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,19 @@ def encoded(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return dst
 
 
+@pytest.fixture(scope="module")
+def predictions(encoded: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """By kind of input, where the packaged MLLM's answers about ``encoded`` are."""
+
+    @functools.cache
+    def of(input_kind: str) -> Path:
+        dst = tmp_path_factory.mktemp("predictions") / input_kind
+        infer(str(encoded), str(dst), input_kind=input_kind, num_workers=NUM_WORKERS)
+        return dst
+
+    return of
+
+
 def table(dst: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = ds.dataset(dst / "data").to_table().to_pylist()
     return rows
@@ -70,10 +85,9 @@ def test_rows_are_guided_by_the_packaged_clip(encoded: Path, scenes: Path, codec
 
 @pytest.mark.parametrize("input_kind", ["pixels", "tokens"])
 def test_predictions_are_the_mllms_answers_about_the_decoded_images(
-    encoded: Path, scenes: Path, codec: Codec, tmp_path: Path, input_kind: str
+    encoded: Path, scenes: Path, codec: Codec, predictions: Callable[[str], Path], input_kind: str
 ) -> None:
-    dst = tmp_path / "out"
-    infer(str(encoded), str(dst), input_kind=input_kind, num_workers=NUM_WORKERS)
+    dst = predictions(input_kind)
     rows = table(dst)
     questions = read_questions(str(scenes / "test.jsonl"))
     assert [(r["key"], r["question"]) for r in rows] == [
@@ -121,7 +135,9 @@ def test_images_as_they_are_with_a_question_file_that_knows_only_some(scenes: Pa
     )
 
 
-def test_an_endpoint_that_goes_away_fails_partitions_and_the_next_run_does_them(encoded: Path, tmp_path: Path) -> None:
+def test_an_endpoint_that_goes_away_fails_partitions_and_the_next_run_does_them(
+    encoded: Path, predictions: Callable[[str], Path], tmp_path: Path
+) -> None:
     dst = tmp_path / "out"
     with serving("cotam-vlm-tiny") as served:
         served.faults[:] = [401] * 10_000
@@ -130,9 +146,7 @@ def test_an_endpoint_that_goes_away_fails_partitions_and_the_next_run_does_them(
         assert json.loads((dst / "metrics.json").read_text())["num_questions"] == 0
         served.faults.clear()
         infer(str(encoded), str(dst), mllm=served.url, served_model="tiny", num_workers=NUM_WORKERS)
-    in_process = tmp_path / "in-process"
-    infer(str(encoded), str(in_process), num_workers=NUM_WORKERS)
-    assert [r["prediction"] for r in table(dst)] == [r["prediction"] for r in table(in_process)]
+    assert [r["prediction"] for r in table(dst)] == [r["prediction"] for r in table(predictions("pixels"))]
 
 
 def test_a_sweep_measures_real_bytes_and_answers_at_every_point(scenes: Path, tmp_path: Path, codec: Codec) -> None:
