@@ -3,10 +3,10 @@
 version      1 byte
 model id     4 bytes, the start of the weights' sha256
 flags        1 byte: bits 0-1 log2 of the rANS lanes, bit 2 a quality map follows, others 0
-quality      1 byte, the quality index of a uniform map (0 where a map follows)
-width, height           varints
-length of map_string    varint, only with a quality map
-map_string, latent_string
+quality      1 byte, the quality index of a uniform map, or the lowest of a map
+width, height   varints
+map code     1 byte, only with a quality map
+string       the rest: quality map and latents, entropy-coded
 CRC32        4 bytes over everything before it, little-endian
 """
 
@@ -35,8 +35,8 @@ class Bitstream(NamedTuple):
     """The parts of one encoded image.
 
     model_id: 4 bytes; width, height: in pixels; quality_index: of a uniform map, or the lowest of a map;
-    lanes_log2: in [0, 3]; map_string: the coded quality map, empty for a uniform one; latent_string: z, then both
-    halves of y.
+    lanes_log2: in [0, 3]; map_code: how the quality map is coded, None for a uniform one; string: the map, if there is
+    one, z, then both halves of y.
     """
 
     model_id: bytes
@@ -44,8 +44,8 @@ class Bitstream(NamedTuple):
     height: int
     quality_index: int
     lanes_log2: int
-    map_string: bytes
-    latent_string: bytes
+    map_code: int | None
+    string: bytes
 
     @property
     def num_pixels(self) -> int:
@@ -54,8 +54,8 @@ class Bitstream(NamedTuple):
 
 
 def pack(stream: Bitstream) -> bytes:
-    """The byte string: at most 20 bytes more than its substreams for images up to 16383 pixels a side."""
-    flags = stream.lanes_log2 | (_HAS_MAP if stream.map_string else 0)
+    """The byte string: at most 16 bytes more than its ``string`` for images up to 16383 pixels a side."""
+    flags = stream.lanes_log2 | (_HAS_MAP if stream.map_code is not None else 0)
     parts = [
         bytes([VERSION]),
         stream.model_id,
@@ -63,9 +63,9 @@ def pack(stream: Bitstream) -> bytes:
         _varint(stream.width),
         _varint(stream.height),
     ]
-    if stream.map_string:
-        parts.append(_varint(len(stream.map_string)))
-    body = b"".join([*parts, stream.map_string, stream.latent_string])
+    if stream.map_code is not None:
+        parts.append(bytes([stream.map_code]))
+    body = b"".join([*parts, stream.string])
     return body + zlib.crc32(body).to_bytes(_CRC_BYTES, "little")
 
 
@@ -96,13 +96,13 @@ def unpack(data: bytes, max_pixels: int) -> Bitstream:
         raise BitstreamError(f"bitstream has an impossible size of {width}x{height} pixels")
     if width * height > max_pixels:
         raise BitstreamError(f"bitstream of {width}x{height} pixels, over the limit of {max_pixels} pixels")
-    map_bytes = 0
+    map_code = None
     if flags & _HAS_MAP:
-        map_bytes, at = _read_varint(body, at)
-        if not 0 < map_bytes <= len(body) - at:
-            raise BitstreamError("bitstream's quality map is longer than the bitstream")
-    split = at + map_bytes
-    return Bitstream(model_id, width, height, quality_index, flags & 3, bytes(body[at:split]), bytes(body[split:]))
+        if at == len(body):
+            raise BitstreamError("bitstream ends before its quality map")
+        map_code = body[at]
+        at += 1
+    return Bitstream(model_id, width, height, quality_index, flags & 3, map_code, bytes(body[at:]))
 
 
 def _varint(value: int) -> bytes:

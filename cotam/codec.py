@@ -68,6 +68,15 @@ class DecompressedImage(NamedTuple):
     y_fixed: Tensor
 
 
+class _Opened(NamedTuple):
+    """A bitstream whose container and quality map have been read; its latents come next from ``decoder``."""
+
+    width: int
+    height: int
+    quality_index: QualityIndex
+    decoder: RansDecoder
+
+
 class Codec:
     """Encodes and decodes images with one model. Thread-safe: nothing changes after loading.
 
@@ -205,12 +214,11 @@ class Codec:
         Raises:
             As ``decode``.
         """
-        stream = self._unpack(data)
-        index = self._read_quality(stream)
-        h, w = _latent_size(stream.height, stream.width)
+        opened = self._open(data)
+        h, w = _latent_size(opened.height, opened.width)
         bits = torch.zeros(h, w)
-        self._decompress_group([stream], [index], None, bits)
-        quality = 1 + np.broadcast_to(np.asarray(index, dtype=np.float32), (h, w)) / Q_STEPS
+        self._decompress_group([opened], None, bits)
+        quality = 1 + np.broadcast_to(np.asarray(opened.quality_index, dtype=np.float32), (h, w)) / Q_STEPS
         return quality, bits.numpy()
 
     def mean_quality(self, quality_index: QualityIndex) -> float:
@@ -241,21 +249,20 @@ class Codec:
             drop_skipped(compressed.symbols[0], compressed.rows[0], NUM_SKIPPED_SCALES),
             drop_skipped(compressed.symbols[1], compressed.rows[1], NUM_SKIPPED_SCALES),
         ]
-        latent_string, lanes_log2 = self._coder.encode(segments)
-        index, map_string = (q, b"") if isinstance(q, int) else encode_quality_map(q, self._coder)
+        if isinstance(q, int):
+            index, map_code = q, None
+        else:
+            index, map_code, map_segment = encode_quality_map(q, self._coder)
+            segments.insert(0, map_segment)
+        string, lanes_log2 = self._coder.encode(segments)
         size = compressed.width, compressed.height
-        return pack(Bitstream(self.model_id, *size, index, lanes_log2, map_string, latent_string))
+        return pack(Bitstream(self.model_id, *size, index, lanes_log2, map_code, string))
 
     def decompress(self, strings: Sequence[bytes], executor: Executor | None = None) -> list[DecompressedImage]:
         """Entropy decoding and the integer network, in batches of one latent size. Errors as ``decode``."""
-        streams = [self._unpack(s) for s in strings]
-        quality = [self._read_quality(s) for s in streams]
-        keys = [self._group(*_latent_size(s.height, s.width), q) for s, q in zip(streams, quality, strict=True)]
-        return in_groups(
-            keys,
-            self._group_size,
-            lambda at: self._decompress_group([streams[i] for i in at], [quality[i] for i in at], executor),
-        )
+        opened = [self._open(s) for s in strings]
+        keys = [self._group(*_latent_size(o.height, o.width), o.quality_index) for o in opened]
+        return in_groups(keys, self._group_size, lambda at: self._decompress_group([opened[i] for i in at], executor))
 
     def reconstruct(self, images: Sequence[DecompressedImage]) -> list[RGBImage]:
         """The device stage of decoding: the synthesis, in batches of one latent size."""
@@ -296,17 +303,13 @@ class Codec:
         ]
 
     def _decompress_group(
-        self,
-        streams: list[Bitstream],
-        quality: list[QualityIndex],
-        executor: Executor | None,
-        bits: Tensor | None = None,
+        self, opened: list[_Opened], executor: Executor | None, bits: Tensor | None = None
     ) -> list[DecompressedImage]:
         """One batch of ``decompress``; adds the bits of all its elements of y to ``bits`` (h, w)."""
-        h, w = _latent_size(streams[0].height, streams[0].width)
+        h, w = _latent_size(opened[0].height, opened[0].width)
+        quality, decoders = [o.quality_index for o in opened], [o.decoder for o in opened]
         q, model = self._q(quality), self._model(quality[0])
         try:
-            decoders = [self._coder.decoder(s.latent_string, s.lanes_log2) for s in streams]
             levels = [self._z_levels(k, h, w) for k in quality]
             z = np.stack([self._decode_z(d, k) for d, k in zip(decoders, levels, strict=True)])
             if (np.abs(z) > ACTIVATION_MAX).any():
@@ -326,8 +329,8 @@ class Codec:
             for symbols, params in ((symbols_first, first), (symbols_second, second)):
                 bits += gaussian_bits(symbols, scale_of_index(params.indexes)).sum((0, 1)).cpu()
         return [
-            DecompressedImage(s.width, s.height, k, y)
-            for s, k, y in zip(streams, quality, torch.stack([y_first, y_second], dim=1), strict=True)
+            DecompressedImage(o.width, o.height, o.quality_index, y)
+            for o, y in zip(opened, torch.stack([y_first, y_second], dim=1), strict=True)
         ]  # fmt: skip
 
     def _decode_z(self, decoder: RansDecoder, levels: NDArray[np.int64]) -> NDArray[np.int32]:
@@ -350,25 +353,24 @@ class Codec:
         pixels = x_hat.permute(0, 2, 3, 1).cpu().numpy()
         return [np.ascontiguousarray(p[: i.height, : i.width]) for p, i in zip(pixels, images, strict=True)]
 
-    def _unpack(self, data: bytes) -> Bitstream:
+    def _open(self, data: bytes) -> _Opened:
         stream = unpack(data, self.max_pixels)
         if stream.model_id != self.model_id:
             raise ModelMismatchError(
                 f"bitstream was written by model {stream.model_id.hex()}, this codec is model {self.model_id.hex()}"
             )
-        return stream
-
-    def _read_quality(self, stream: Bitstream) -> QualityIndex:
         num_q = self.model.num_q
-        if stream.map_string:
-            try:
-                lowest, size = stream.quality_index, _latent_size(stream.height, stream.width)
-                return decode_quality_map(lowest, stream.map_string, *size, num_q, self._coder)
-            except RansError as error:
-                raise BitstreamError(f"bitstream's quality map cannot be decoded: {error}") from None
-        if stream.quality_index >= num_q:
-            raise BitstreamError(f"bitstream has quality index {stream.quality_index}, the model has {num_q}")
-        return stream.quality_index
+        quality: QualityIndex = stream.quality_index
+        if quality >= num_q:
+            raise BitstreamError(f"bitstream has quality index {quality}, the model has {num_q}")
+        try:
+            decoder = self._coder.decoder(stream.string, stream.lanes_log2)
+            if stream.map_code is not None:
+                size = _latent_size(stream.height, stream.width)
+                quality = decode_quality_map(stream.quality_index, stream.map_code, decoder, *size, num_q)
+        except RansError as error:
+            raise BitstreamError(f"bitstream cannot be decoded: {error}") from None
+        return _Opened(stream.width, stream.height, quality, decoder)
 
     def _q(self, quality: list[QualityIndex]) -> Tensor:
         """Quality index maps of a group as float32: (B, 1, 1, 1) for uniform ones, else (B, 1, h, w)."""

@@ -1,8 +1,8 @@
 """Lossless coding of quality index maps: median edge detection (LOCO-I, Weinberger et al. 2000) and rANS.
 
-The indexes of a map are its lowest one plus multiples of a step, 1, 2, 4 or 8. A map_string is one byte and a one-lane
-rANS string of residuals. The byte holds the scale index of residuals in flat surroundings, chosen by the encoder, in
-its lower six bits, and log2 of the step above; where the decoded neighbours differ, the index is _BUSY higher.
+The indexes of a map are its lowest one plus multiples of a step, 1, 2, 4 or 8. A map's code is one byte: in its lower
+six bits the scale index of residuals in flat surroundings, chosen by the encoder, and above log2 of the step; where the
+decoded neighbours differ, the index is _BUSY higher. The residuals are a segment of a rANS string.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from cotam.entropy.rans import RansCoder, RansError, decode_segment
+from cotam.entropy.rans import RansCoder, RansDecoder, RansError, Segment, decode_segment
 from cotam.entropy.tables import GAUSSIAN_ROWS, NUM_SCALES, scales
 
 _STEP_SHIFT = 6
@@ -19,8 +19,8 @@ _MAX_STEP_LOG2 = 3
 _BUSY = 6  # saves 15 % of a map against one index for all
 
 
-def encode_quality_map(quality_map: NDArray[np.uint8], coder: RansCoder) -> tuple[int, bytes]:
-    """The lowest of the quality indexes (h, w), and the map_string of what they lie above it."""
+def encode_quality_map(quality_map: NDArray[np.uint8], coder: RansCoder) -> tuple[int, int, Segment]:
+    """The lowest of the quality indexes (h, w), and the code and segment of what they lie above it."""
     lowest = int(quality_map.min())
     above = quality_map.astype(np.int16) - lowest
     step_log2 = next(s for s in range(_MAX_STEP_LOG2, -1, -1) if not (above & ((1 << s) - 1)).any())
@@ -29,26 +29,20 @@ def encode_quality_map(quality_map: NDArray[np.uint8], coder: RansCoder) -> tupl
     deviation = max(float(np.sqrt(np.mean(residuals.astype(np.float64) ** 2))), scales()[0])
     nearest = int(np.abs(np.log(scales() / deviation)).argmin())
     candidates = range(max(0, nearest - 9), max(1, min(NUM_SCALES - _BUSY, nearest + 2)))
-    strings = [
-        bytes([k | step_log2 << _STEP_SHIFT]) + coder.encode([(residuals.ravel(), rows.ravel() + k)], lanes_log2=0)[0]
-        for k in candidates
-    ]
-    return lowest, min(strings, key=len)
+    segments = {k: (residuals.ravel(), rows.ravel() + np.uint8(k)) for k in candidates}
+    index = min(segments, key=lambda k: len(coder.encode([segments[k]], lanes_log2=0)[0]))
+    return lowest, index | step_log2 << _STEP_SHIFT, segments[index]
 
 
 def decode_quality_map(
-    lowest: int, string: bytes, height: int, width: int, num_q: int, coder: RansCoder
+    lowest: int, code: int, decoder: RansDecoder, height: int, width: int, num_q: int
 ) -> NDArray[np.uint8]:
-    """Quality indexes (height, width) in [0, num_q). Raises RansError for a string that encodes no such map."""
-    if not string:
-        raise RansError("no scale index")
-    index, step_log2 = string[0] & ((1 << _STEP_SHIFT) - 1), string[0] >> _STEP_SHIFT
+    """Quality indexes (height, width) in [0, num_q). Raises RansError where ``decoder`` has no such map."""
+    index, step_log2 = code & ((1 << _STEP_SHIFT) - 1), code >> _STEP_SHIFT
     if index + _BUSY >= NUM_SCALES:
-        raise RansError("scale index out of range")
-    decoder = coder.decoder(string[1:], 0)
+        raise RansError("scale index of the quality map out of range")
     values = np.zeros((height, width), dtype=np.int32)
     decoder.decode_with(_decode, values, np.uint8(index))
-    decoder.finish()
     quality_map = lowest + (values << step_log2)
     if quality_map.min() < 0 or quality_map.max() >= num_q:
         raise RansError("quality index out of range")
@@ -84,11 +78,13 @@ def _residuals(values):  # type: ignore[no-untyped-def]
 @numba.njit(nogil=True, cache=True)
 def _decode(words, at, states, entries, prefix, values, index):  # type: ignore[no-untyped-def]
     row, residual = np.empty(1, dtype=np.uint8), np.empty(1, dtype=np.int16)
+    lane = 0
     for i in range(values.shape[0]):
         for j in range(values.shape[1]):
             predicted, offset = _predict(values, i, j)
             row[0] = offset + index
-            at = decode_segment(words, at, states, row, entries, prefix, residual)
+            at = decode_segment(words, at, states[lane : lane + 1], row, entries, prefix, residual)
+            lane = (lane + 1) % len(states)
             if at > len(words) - 2:
                 return at
             values[i, j] = predicted + residual[0]

@@ -20,7 +20,10 @@ from numpy.typing import NDArray
 
 from cotam.bitstream import BitstreamError, ModelMismatchError, pack, unpack
 from cotam.codec import Codec
+from cotam.entropy.quality_map import encode_quality_map
+from cotam.entropy.rans import RansCoder
 from cotam.image import RGBImage, decode_image
+from cotam.importance import DEFAULT_STRENGTH
 from cotam.weights import dump_codec, parse_codec
 from tests.cotam import golden
 
@@ -243,11 +246,16 @@ def test_map_takes_at_most_3_percent(codec: Codec, photos: dict[str, RGBImage]) 
     """At the default quality and strength, for a map as smooth as attention is: together, and 4 % of any one."""
     i, j = np.mgrid[-1:1:24j, -1:1:24j]  # type: ignore[misc]
     importance = np.exp(-3 * (i**2 + j**2))
-    strings = [codec.encode(image, importance=importance) for image in photos.values()]
-    maps = [unpack(data, codec.max_pixels).map_string for data in strings]
-    for name, part, whole in zip(photos, maps, strings, strict=True):
-        assert 0 < len(part) <= 0.04 * len(whole), name
-    assert sum(map(len, maps)) <= 0.03 * sum(map(len, strings))
+    coder = RansCoder(codec.tables)
+    maps, wholes = [], []
+    for name, image in photos.items():
+        q = codec.quality_index(4.0, image, importance, DEFAULT_STRENGTH)
+        assert not isinstance(q, int)
+        _, _, segment = encode_quality_map(q, coder)
+        maps.append(1 + len(coder.encode([segment], 0)[0]) - len(coder.encode([], 0)[0]))  # its code and its words
+        wholes.append(len(codec.encode(image, importance=importance)))
+        assert maps[-1] <= 0.04 * wholes[-1], name
+    assert sum(maps) <= 0.03 * sum(wholes)
 
 
 _RGB = np.zeros((20, 30, 3), np.uint8)

@@ -128,9 +128,9 @@ def test_estimated_bits_are_those_of_the_bitstream(codec: Codec, photos: dict[st
         q = torch.full((1, 1, x.shape[2] // 16, x.shape[3] // 16), (quality - 1.0) * Q_STEPS)
         with torch.no_grad():
             estimate = float(codec.model(x, q).bits.sum())
-        latent_string = unpack(codec.encode(image, quality), codec.max_pixels).latent_string
+        string = unpack(codec.encode(image, quality), codec.max_pixels).string
         # Estimates are of Gaussians, the tables are fitted to what real symbols are.
-        assert 0.95 * estimate < 8 * len(latent_string) < estimate
+        assert 0.95 * estimate < 8 * len(string) < estimate
 
 
 def test_config_file_errors_name_the_key(tmp_path: Path, codec: Codec) -> None:

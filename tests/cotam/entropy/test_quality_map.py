@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
 
 from cotam.entropy.quality_map import decode_quality_map, encode_quality_map
-from cotam.entropy.rans import RansCoder, RansError
+from cotam.entropy.rans import MAX_LANES_LOG2, RansCoder, RansError
 from cotam.entropy.tables import build_tables
 
 NUM_Q = 29
@@ -20,8 +20,18 @@ CODER = RansCoder(build_tables())
 @given(arrays(np.uint8, array_shapes(min_dims=2, max_dims=2, max_side=20), elements=st.integers(0, NUM_Q - 1)))
 @settings(max_examples=200, deadline=None)
 def test_round_trip(quality_map: NDArray[np.uint8]) -> None:
-    encoded = encode_quality_map(quality_map, CODER)
-    np.testing.assert_array_equal(decode_quality_map(*encoded, *quality_map.shape, NUM_Q, CODER), quality_map)
+    lowest, code, segment = encode_quality_map(quality_map, CODER)
+    for lanes_log2 in range(MAX_LANES_LOG2 + 1):
+        after = np.arange(-5, 5, dtype=np.int16), np.full(10, 140, dtype=np.uint8)
+        decoder = CODER.decoder(*CODER.encode([segment, after], lanes_log2))
+        decoded = decode_quality_map(lowest, code, decoder, *quality_map.shape, NUM_Q)
+        np.testing.assert_array_equal(decoded, quality_map)
+        np.testing.assert_array_equal(decoder.decode(after[1]), after[0])
+        decoder.finish()
+
+
+def _num_bytes(quality_map: NDArray[np.uint8]) -> int:
+    return len(CODER.encode([encode_quality_map(quality_map, CODER)[2]], 0)[0])
 
 
 def test_smooth_map_is_small() -> None:
@@ -29,24 +39,30 @@ def test_smooth_map_is_small() -> None:
     i, j = np.mgrid[:32, :48]
     bump = np.exp(-((i - 14) ** 2 + (j - 20) ** 2) / 120)
     quality_map = np.rint(10 + 8 * bump).astype(np.uint8)
-    assert len(encode_quality_map(quality_map, CODER)[1]) < 200
-    assert len(encode_quality_map(np.full((32, 48), 12, np.uint8), CODER)[1]) < 20
+    assert _num_bytes(quality_map) < 200
+    assert _num_bytes(np.full((32, 48), 12, np.uint8)) < 20
 
 
 @pytest.mark.parametrize("step", [2, 4, 8])
 def test_a_map_in_steps_costs_no_more_than_one_in_ones(step: int) -> None:
     fine = np.random.default_rng(0).integers(0, 4, (24, 24), dtype=np.uint8)
-    lowest, string = encode_quality_map((2 + step * fine).astype(np.uint8), CODER)
-    assert lowest == 2 and len(string) == len(encode_quality_map(fine, CODER)[1])
+    coarse = (2 + step * fine).astype(np.uint8)
+    assert encode_quality_map(coarse, CODER)[0] == 2 and _num_bytes(coarse) == _num_bytes(fine)
 
 
 def test_hostile_strings_are_refused() -> None:
     rng = np.random.default_rng(0)
-    lowest, valid = encode_quality_map(np.arange(80, dtype=np.uint8).reshape(8, 10) % NUM_Q, CODER)
-    strings = [b"", b"\x05", b"\x3f" + valid[1:], valid[:-2], valid + b"\0\0", *(rng.bytes(n) for n in range(200))]
-    for string in strings:
+    lowest, code, segment = encode_quality_map(np.arange(80, dtype=np.uint8).reshape(8, 10) % NUM_Q, CODER)
+    valid, _ = CODER.encode([segment], 0)
+
+    def decode(lowest: int, code: int, string: bytes) -> None:
+        decoder = CODER.decoder(string, 0)
+        decode_quality_map(lowest, code, decoder, 8, 10, NUM_Q)
+        decoder.finish()
+
+    for string in (b"", b"\x05", valid[:-2], valid + b"\0\0", *(rng.bytes(n) for n in range(200))):
         with pytest.raises(RansError):
-            decode_quality_map(lowest, string, 8, 10, NUM_Q, CODER)
-    for bad in ((lowest + 1, valid), (lowest, bytes([valid[0] | 0xC0]) + valid[1:])):
+            decode(lowest, code, string)
+    for bad_lowest, bad_code in ((lowest + 1, code), (lowest, code | 0xC0), (lowest, 0x3F)):
         with pytest.raises(RansError, match="out of range"):
-            decode_quality_map(*bad, 8, 10, NUM_Q, CODER)
+            decode(bad_lowest, bad_code, valid)

@@ -162,7 +162,7 @@ def test_encoding_is_steered_by_attention(
         assert row.importance is not None
         np.testing.assert_allclose(row.importance, importance, atol=1e-4)
         assert row.mean_importance == pytest.approx(importance.mean(), abs=1e-4)
-        assert unpack(row.bitstream, codec.max_pixels).map_string
+        assert unpack(row.bitstream, codec.max_pixels).map_code is not None
         assert codec.decode(row.bitstream).shape == image.shape
 
 
