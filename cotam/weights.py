@@ -30,7 +30,7 @@ FORMAT = "cotam-codec/2"
 # Packaged weights by name: the sha256 of cotam/packaged/{name}.safetensors.
 PACKAGED: dict[str, str] = {
     "cotam-adapter-tiny": "ae3d69a8ecb69abed82a60b6367fb3d2a5921068d3ca1695f3ef9de71b19bd8a",
-    "cotam-base": "5f911d98c58287b4f269cfb1a5b3d37d3ec9ded5690311736e95da52a319fdf6",
+    "cotam-base": "00915bc0fa3d235d73e1f02664e8bb60b29a629e89877d3817541694fc9e498a",
 }
 # Packaged folders by name: the sha256 of the weights in cotam/packaged/{name}.
 PACKAGED_FOLDERS: dict[str, tuple[str, str]] = {
