@@ -221,7 +221,7 @@ def test_hidden_layers_neither_idle_nor_clip(codec: Codec, photos: dict[str, RGB
             network.second_params(hyper, first, q)
         assert len(seen) == 10
         for name, out in seen.items():
-            assert float((out == 0).float().mean()) < 0.5, f"{name} idles at quality {quality}"
+            assert float((out == 0).float().mean()) < 0.7, f"{name} idles at quality {quality}"
             assert float((out.abs() == ACTIVATION_MAX).float().mean()) < 0.002, f"{name} clips at quality {quality}"
 
 
