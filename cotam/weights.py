@@ -29,7 +29,7 @@ from cotam.store.fs import split_uri
 FORMAT = "cotam-codec/2"
 # Packaged weights by name: the sha256 of cotam/packaged/{name}.safetensors.
 PACKAGED: dict[str, str] = {
-    "cotam-adapter-tiny": "ae3d69a8ecb69abed82a60b6367fb3d2a5921068d3ca1695f3ef9de71b19bd8a",
+    "cotam-adapter-tiny": "edfa198d1d5a8a7e1e76d6994adc11bbda9466f9330db6481cdad04091d7b337",
     "cotam-base": "00915bc0fa3d235d73e1f02664e8bb60b29a629e89877d3817541694fc9e498a",
 }
 # Packaged folders by name: the sha256 of the weights in cotam/packaged/{name}.
