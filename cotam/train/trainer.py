@@ -24,6 +24,7 @@ Log = Callable[[dict[str, Any]], None]
 M = TypeVar("M", bound=nn.Module)
 B = TypeVar("B")
 CHECKPOINT = "checkpoint.pt"
+_CHECKPOINT_VERSION = 2
 _LONGEST_STEP_S = 30.0  # a machine that slept did not train
 _LOG_S = 10.0
 _SOAP_FREQUENCY = 20  # steps between two updates of the eigenbases
@@ -59,7 +60,7 @@ class Trainer(ABC, Generic[M, B]):
         self.model = model.to(self.device).train()
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.step, self.trained_s = 0, 0.0
-        self._identity = json.dumps(identity, sort_keys=True)
+        self._identity = json.dumps([_CHECKPOINT_VERSION, identity], sort_keys=True)
         groups = self.parameter_groups()
         self._kinds = list(dict.fromkeys(group.get("optimizer", "adamw") for group in groups))
         self._optimizers = _make_optimizers(groups, schedule)
@@ -137,7 +138,8 @@ class Trainer(ABC, Generic[M, B]):
         values = torch.tensor([self.progress(), is_due], device=self.device)
         if dist.is_initialized():
             dist.broadcast(values, 0)
-        return float(values[0]), bool(values[1])
+        progress, due = values.tolist()
+        return progress, bool(due)
 
     def _train_step(self, batch: B, progress: float) -> dict[str, Tensor]:
         rate = _learning_rate(self.schedule, self.step, progress)
@@ -187,7 +189,7 @@ class Trainer(ABC, Generic[M, B]):
     def _load(self, path: Path) -> None:
         state = torch.load(path, map_location=self.device, weights_only=True)
         if state["config"] != self._identity:
-            raise ValueError(f"{path} holds a model of another shape; choose another output folder")
+            raise ValueError(f"{path} holds a model of another shape or version; choose another output folder")
         kinds = state["kinds"]
         if kinds != self._kinds:
             raise ValueError(f"{path} was trained with {', '.join(kinds)}; set that, or choose another output folder")
