@@ -78,8 +78,11 @@ def _print_summary(summary: JobSummary, uri: str) -> None:
         say(f"{summary.num_replaced} partitions of sources that have changed were replaced by these.")
     say(f"{summary.num_images} images: {summary.num_rows} rows, {summary.num_rejects} rejects.")
     if summary.num_rows:
-        ratio = summary.source_num_bytes / max(1, summary.bitstream_num_bytes)
+        before, after = summary.source_num_bytes, max(1, summary.bitstream_num_bytes)
+        change = (
+            f"{before / after:.1f} times smaller" if before >= after else f"{after / max(1, before):.1f} times larger"
+        )
         say(
             f"{megabytes(summary.source_num_bytes)} of source files, {megabytes(summary.bitstream_num_bytes)} of"
-            f" bitstreams ({ratio:.1f} times smaller), {summary.bpp:.3f} bpp."
+            f" bitstreams ({change}), {summary.bpp:.3f} bpp."
         )
