@@ -138,8 +138,8 @@ class ParameterHead(nn.Module):
         """``x`` (B, in_channels, h, w), ``q`` (B, 1, h, w) or 1x1, this half's ``coarse`` means (B, M/2, h, w)."""
         batch, _, height, width = x.shape
         board = checkerboard(height, width, x.device)
-        rows, q_rows = _rows(x, board), _rows(q.expand(batch, 1, height, width), board)
-        inputs = rows, self.mix.pointwise([rows], q_rows)
+        rows, q_rows = _rows(self.mix.as_input(x), board), _rows(q.expand(batch, 1, height, width), board)
+        inputs = rows, self.mix.as_input(self.mix.pointwise([rows], q_rows))
         num_even = batch * board.num_even
         outputs = []
         for layer in (self.means, self.indexes):

@@ -22,6 +22,7 @@ from cotam.models.causal import CausalPredictor
 from cotam.models.entropy_model import MEAN_MAX, MEAN_STEPS, EntropyParameters
 from cotam.models.halves import split_halves
 from cotam.models.integer import ACCUMULATOR_BOUND, ACTIVATION_MAX, IntConv2d
+from cotam.models.precision import multiplies_int8
 
 
 class Inputs(NamedTuple):
@@ -239,3 +240,33 @@ def test_the_hyper_latent_comes_back_from_what_it_differs_by_from_its_prediction
         residuals = (z - model.z_prediction(z, q))[0].short().numpy()
         restored = CausalPredictor(integers, num_channels).restore(residuals, model.z_levels(q)[0].numpy())
         np.testing.assert_array_equal(restored, z[0].numpy())
+
+
+@pytest.mark.skipif(not multiplies_int8(torch.device("cpu")), reason="needs a CPU that multiplies int8")
+def test_layers_multiply_int8_where_the_hardware_does(network: EntropyParameters, inputs: Inputs) -> None:
+    """The same integers as in float32; and that this path is taken is what makes the codec fast."""
+    pointwise = [m for m in network.modules() if isinstance(m, IntConv2d) and not m.depthwise]
+    assert len(pointwise) == 12
+    assert all(layer._current_kernel().int8 is not None for layer in pointwise)
+    in_float = copy.deepcopy(network)
+    for layer in in_float.modules():
+        if isinstance(layer, IntConv2d) and not layer.depthwise:
+            layer._kernel = layer._current_kernel()._replace(int8=None)
+    for actual, expected in zip(_run(network, inputs), _run(in_float, inputs), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_hardware_that_saturates_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that sums pairs of products in 16 bits would give other integers: nobody could decode its files."""
+    monkeypatch.setattr("cotam.models.precision._cpu_flags", lambda: frozenset({"avx_vnni"}))
+
+    def saturating(a: Tensor, b: Tensor) -> Tensor:
+        # AVX2 without VNNI multiplies unsigned by signed bytes, so 128 is added to one side and taken off at the end.
+        shifted, b = (a.float() + 128).unflatten(1, (-1, 2)), b.float().unflatten(0, (-1, 2))
+        pairs = torch.einsum("mkp,kpn->kmn", shifted, b).clamp(-(2**15), 2**15 - 1)
+        return (pairs.sum(0) - 128 * b.sum((0, 1))).int()
+
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: (a.double() @ b.double()).int())
+    assert multiplies_int8.__wrapped__(torch.device("cpu"))
+    monkeypatch.setattr(torch, "_int_mm", saturating)
+    assert not multiplies_int8.__wrapped__(torch.device("cpu"))
