@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import Autoscale, CpusPerWorker, GpusPerWorker, Json, NumWorkers, Quiet, RayAddress
+from jobs.options import Autoscale, CpusPerWorker, GpusPerWorker, Json, NumWorkers, OtherModel, Quiet, RayAddress
 from jobs.storage import StorageOptions
 
 
@@ -18,7 +18,7 @@ def decode(
     image_format: Annotated[
         str, typer.Option("--format", help="png or jpg: a folder of files a shard; webdataset: a tar a shard.")
     ] = "png",
-    model: Annotated[str | None, typer.Option(help="Codec, where it is not the one named in SRC's manifest.")] = None,
+    model: OtherModel = None,
     num_workers: NumWorkers = 0,
     autoscale: Autoscale = False,
     cpus_per_worker: CpusPerWorker = 1.0,

@@ -77,7 +77,7 @@ def encode(
     config = EncodeConfig(
         model=model, model_sha256=loaded.sha256, quality=quality, max_pixels=max_pixels, keep_rejects=keep_rejects,
         importance=importance, attention=attention, clip_sha256=clip_sha256, strength=strength,
-        keep_importance=keep_importance,
+        keep_importance=keep_importance, image_column=image_column,
     )  # fmt: skip
     store = RunStore(dst)
     with store.lock():

@@ -21,6 +21,7 @@ from jobs.options import (
     Prompt,
     Quiet,
     RayAddress,
+    Task,
 )
 from jobs.storage import StorageOptions
 
@@ -28,9 +29,7 @@ from jobs.storage import StorageOptions
 def infer(
     src: Annotated[str, typer.Argument(help="Output of `cotam encode`, or images as they are (as SRC of encode).")],
     dst: Annotated[str, typer.Argument(help="Folder or URI for predictions and metrics.json.")],
-    task: Annotated[
-        str, typer.Option(help="Questions: a .jsonl or .parquet file, member:NAME of the samples, or sceneqa.")
-    ] = "sceneqa",
+    task: Task = "sceneqa",
     mllm: Mllm = "cotam-vlm-tiny",
     input_kind: Input = "pixels",
     adapter: Adapter = "cotam-adapter-tiny",
@@ -78,7 +77,7 @@ def infer(
         if input_kind == "tokens":
             raise typer.BadParameter("--input tokens needs the output of `cotam encode` as SRC")
     config = InferConfig(
-        task=task, metric=metric, mllm=asked, **check_mllm(asked),
+        task=task, metric=metric, mllm=asked, image_column=image_column, **check_mllm(asked),
         **{k: made_with[k] for k in ("model", "model_sha256", "max_pixels") if k in made_with},
     )  # fmt: skip
     store = RunStore(dst)

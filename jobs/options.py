@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
 
+
+def _absolute(name: str | None) -> str | None:
+    """A local path from the root on, as workers run elsewhere; packaged names, URIs and the like as they are."""
+    from cotam.weights import PACKAGED, PACKAGED_FOLDERS
+
+    is_path = name and name not in PACKAGED and name not in PACKAGED_FOLDERS and os.path.exists(name)
+    return os.path.abspath(name) if name and is_path else name
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
-Model = Annotated[str, typer.Option(help="Codec: a packaged name, or a path or URI of a codec file.")]
+Model = Annotated[
+    str, typer.Option(help="Codec: a packaged name, or a path or URI of a codec file.", callback=_absolute)
+]
+OtherModel = Annotated[
+    str | None, typer.Option("--model", help="Codec, where it is not the one in SRC's manifest.", callback=_absolute)
+]
 NumWorkers = Annotated[int, typer.Option(help="Worker processes; 0 chooses from the cluster.", min=0)]
 Autoscale = Annotated[
     bool, typer.Option(help="Wait for the cluster's autoscaler to bring nodes for --num-workers, instead of refusing.")
@@ -19,13 +34,28 @@ RayAddress = Annotated[str | None, typer.Option(help="Ray cluster to use; starts
 Store = Annotated[str, typer.Argument(help="Output of `cotam encode`.", metavar="DST")]
 Mllm = Annotated[
     str,
-    typer.Option(help="A packaged name, a folder, hf:NAME (transformers), vllm:NAME, or an OpenAI-compatible URL."),
+    typer.Option(
+        help="A packaged name, a folder, hf:NAME (transformers), vllm:NAME, or an OpenAI-compatible URL.",
+        callback=_absolute,
+    ),
 ]
 Input = Annotated[str, typer.Option("--input", help="pixels, or tokens: the adapter's visual tokens are added.")]
-Adapter = Annotated[str, typer.Option(help="Adapter of --input tokens: packaged name, path or URI.")]
+Adapter = Annotated[
+    str, typer.Option(help="Adapter of --input tokens: packaged name, path or URI.", callback=_absolute)
+]
+Task = Annotated[
+    str,
+    typer.Option(
+        help="Questions: a .jsonl or .parquet file, member:NAME of the samples, or sceneqa.", callback=_absolute
+    ),
+]
 Prompt = Annotated[str, typer.Option(help="What is asked, with {question} in it.")]
 Clip = Annotated[
-    str, typer.Option(help="Whose attention: a packaged CLIP, a folder, or an open_clip ViT, ARCHITECTURE:PRETRAINED.")
+    str,
+    typer.Option(
+        help="Whose attention: a packaged CLIP, a folder, or an open_clip ViT, ARCHITECTURE:PRETRAINED.",
+        callback=_absolute,
+    ),
 ]
 Queries = Annotated[str, typer.Option(help="Whose queries of that layer: class (token), or all.")]
 Layer = Annotated[int, typer.Option(help="Layer of --clip whose attention is read, from 1.", min=1)]

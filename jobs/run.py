@@ -76,6 +76,11 @@ def _print_summary(summary: JobSummary, uri: str) -> None:
         say(f"{num_new} partitions in {summary.seconds:.1f} s; {summary.num_skipped} were there already.")
     if summary.num_replaced:
         say(f"{summary.num_replaced} partitions of sources that have changed were replaced by these.")
+    if summary.num_kept:
+        say(
+            f"{summary.num_kept} partitions of earlier runs stay, as images in them are no longer in SRC; such as"
+            " still are may be in two shards."
+        )
     say(f"{summary.num_images} images: {summary.num_rows} rows, {summary.num_rejects} rejects.")
     if summary.num_rows:
         before, after = summary.source_num_bytes, max(1, summary.bitstream_num_bytes)

@@ -24,6 +24,7 @@ from jobs.options import (
     Queries,
     Quiet,
     RayAddress,
+    Task,
 )
 from jobs.storage import StorageOptions
 
@@ -33,9 +34,7 @@ _DEFAULT_BASELINES = "jpeg,webp,avif"
 def sweep(
     src: Annotated[str, typer.Argument(help="Images, as SRC of `cotam encode`.")],
     dst: Annotated[str, typer.Argument(help="Folder or URI for results.json and report.html.")],
-    task: Annotated[
-        str, typer.Option(help="Questions: a .jsonl or .parquet file, member:NAME of the samples, or sceneqa.")
-    ] = "sceneqa",
+    task: Task = "sceneqa",
     qualities: Annotated[str, typer.Option(help="Qualities of the codec.")] = "1,1.5,2,3,4,5",
     strengths: Annotated[
         str, typer.Option(help="Strengths of the importance map; 0 is uniform.")

@@ -19,7 +19,7 @@ from cotam.codec import Codec
 from cotam.image import MAX_PIXELS, encode_image
 from cotam.stage_times import StageTimes
 from cotam.store.fs import Root
-from cotam.store.partitions import Partition, Partitions
+from cotam.store.partitions import Partition, Partitions, partition_id
 from cotam.store.records import Completion, RunStore, StoreError
 from cotam.store.schema import Reject, Row
 from cotam.store.shard import RejectWriter, file_sha256, read_rows
@@ -66,7 +66,8 @@ def list_shards(source: RunStore) -> Partitions:
         raise StoreError(f"{source.root.uri} is the output of `cotam {kind}`, not of `cotam encode`")
     return Partitions.of(
         Partition(
-            partition_id=record.partition_id,
+            # Its source made with other options, or again, is another shard.
+            partition_id=partition_id(record.partition_id[:-13], [(record.partition_id, record.data_sha256)]),
             kind="shard",
             source=source.root.uri,
             paths=(record.data,),

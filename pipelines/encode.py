@@ -38,6 +38,7 @@ class EncodeConfig:
         clip_sha256: the fingerprint of its tower.
         strength: how many quality levels an importance of 1 lies above one of 0.
         keep_importance: store the maps.
+        image_column: of Parquet files, where it was named.
     """
 
     model: str = "cotam-base"
@@ -50,6 +51,7 @@ class EncodeConfig:
     clip_sha256: str = ""
     strength: float = DEFAULT_STRENGTH
     keep_importance: bool = False
+    image_column: str | None = None
 
     def __post_init__(self) -> None:
         if self.importance not in ("none", "clip") and not self.importance.startswith("member:"):

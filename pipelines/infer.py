@@ -45,6 +45,7 @@ class InferConfig:
         adapter_sha256: of the adapter's file.
         model, model_sha256: of the codec; empty where the source is images as they are.
         max_pixels: larger images are rejects.
+        image_column: of Parquet files, where it was named.
     """
 
     task: str
@@ -55,6 +56,7 @@ class InferConfig:
     model: str = ""
     model_sha256: str = ""
     max_pixels: int = MAX_PIXELS
+    image_column: str | None = None
 
     def __post_init__(self) -> None:
         if self.metric not in SCORES:

@@ -31,6 +31,7 @@ from cotam.store.fs import is_transient
 from cotam.store.ids import difference, each, ids_of
 from cotam.store.partitions import Partition, Partitions
 from cotam.store.records import Completion, RunStore
+from cotam.store.shard import read_keys, read_rejects
 from cotam.store.storage_options import storage_configuration, use_storage_configuration
 from pipelines.cluster import Resources, pool_size
 from pipelines.counter import Counts, Report
@@ -77,6 +78,7 @@ class JobSummary:
     Attributes:
         num_partitions: in the source; of these num_skipped were finished before and num_failed could not be finished.
         num_replaced: partitions of earlier runs whose source has changed since: their output is gone.
+        num_kept: those that hold images which are in the source no longer: their output stays.
         failures: partition_id, source and error of the failed ones.
         num_images, num_rows, num_rejects, num_pixels, source_num_bytes, bitstream_num_bytes: sums over all finished
             partitions of the source, earlier runs included.
@@ -86,6 +88,7 @@ class JobSummary:
     num_partitions: int
     num_skipped: int
     num_replaced: int
+    num_kept: int
     num_failed: int
     failures: list[dict[str, str]]
     num_images: int
@@ -120,7 +123,7 @@ def run_partitions(
 
     Raises:
         ResourceError: the cluster cannot hold one such worker.
-        RuntimeError: round after round no partition gets to an outcome.
+        RuntimeError: round after round no partition gets to an outcome, or outcomes are not where the store is.
     """
     use_malloc_for_arrow()
     started = time.monotonic()
@@ -277,7 +280,8 @@ def _summarise(partitions: Partitions, num_skipped: int, store: RunStore, starte
             continue
         for name in _SUMMED:
             totals[name] += getattr(record, name)
-    replaced = _replaced(partitions, others, store) if others else []
+    outdated = _outdated(partitions, others, store) if others else []
+    replaced = [record for record in outdated if _is_all_there(record, partitions, store)]
     for record in replaced:
         store.discard(record)
     failures = store.failures()
@@ -285,10 +289,16 @@ def _summarise(partitions: Partitions, num_skipped: int, store: RunStore, starte
         failed = ids_of(failure["partition_id"] for failure in failures)
         elsewhere = set(each(difference(failed, partitions.ids)))
         failures = [failure for failure in failures if failure["partition_id"] not in elsewhere]
+    if missing := len(partitions.without(done)) - len(failures):
+        raise RuntimeError(
+            f"workers finished {missing} partitions of which nothing is in {store.root.uri}: every machine has to see"
+            " the same DST; name a folder that all share, or an object store"
+        )
     return JobSummary(
         num_partitions=len(partitions),
         num_skipped=num_skipped,
         num_replaced=len(replaced),
+        num_kept=len(outdated) - len(replaced),
         num_failed=len(failures),
         failures=failures,
         seconds=time.monotonic() - started,
@@ -296,12 +306,26 @@ def _summarise(partitions: Partitions, num_skipped: int, store: RunStore, starte
     )
 
 
-def _replaced(partitions: Partitions, others: list[Completion], store: RunStore) -> list[Completion]:
+def _outdated(partitions: Partitions, others: list[Completion], store: RunStore) -> list[Completion]:
     """Of records that are none of ``partitions``: earlier versions of sources that are finished as they are now."""
     current = partitions.of_sources({record.source for record in others})
     unfinished = {p.source for p in current.without(store.completed_ids())}
     finished = {p.source for p in current} - unfinished
     return [record for record in others if record.source in finished]
+
+
+def _is_all_there(record: Completion, partitions: Partitions, store: RunStore) -> bool:
+    """Whether ``partitions`` have all that an outdated one was made of: loose files may be gone from their folder."""
+    now = partitions.of_sources([record.source])
+    if now[0].kind != "files":
+        return True
+    paths = ids_of(path for partition in now for path in partition.paths)
+    try:
+        keys = read_keys(store.root, record.data)
+    except (OSError, ValueError, pa.ArrowException):
+        return False
+    rejects = ids_of(reject.key for reject in read_rejects(store.root, record.partition_id))
+    return not len(difference(keys.cast(pa.string()), paths)) and not len(difference(rejects, paths))
 
 
 def _one_line(error: Exception) -> str:

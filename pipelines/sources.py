@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import glob
-import hashlib
-import json
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
-from typing import Any
 
 import braceexpand
 from fsspec.implementations.local import LocalFileSystem
@@ -17,15 +13,17 @@ from fsspec.spec import AbstractFileSystem
 
 from cotam.memory import return_freed_memory, use_malloc_for_arrow
 from cotam.store.fs import File, find_files, glob_files, one_file, split_uri
-from cotam.store.partitions import Partition, Partitions
+from cotam.store.partitions import Partition, Partitions, partition_id
 from cotam.store.readers import TAR_SUFFIXES, image_column, parquet_metadata
 from cotam.store.tars import IMAGE_EXTENSIONS
 
 FILES_PER_PARTITION = 500
 _LIST_ONCE = 16
 PARQUET_PARTITION_BYTES = 128 * 2**20
-# Images that are not read: listed all the same, so that each becomes a reject instead of being passed over.
-_OTHER_EXTENSIONS = ("heic", "heif", "jp2", "jxl")
+# Images that tars name otherwise, or that are not read: each of those becomes a reject instead of being passed over.
+_OTHER_EXTENSIONS = ("jpe", "pgm", "pnm", "pbm", "heic", "heif", "jp2", "jxl")
+# Folders in which other programs keep their books. Names of cameras' images start with "_", too.
+_BOOKS = ("_temporary", "_delta_log", "_spark_metadata")
 
 
 class SourceError(ValueError):
@@ -65,7 +63,7 @@ def _find_partitions(source: str, wanted_image_column: str | None) -> Iterator[P
         files: Iterable[File]
         if siblings is not None and path in siblings:
             files = [siblings[path]]
-        elif _has_magic(path):
+        elif _has_magic(path) and not fs.exists(path):  # a name may have brackets
             files = glob_files(fs, path)
         elif fs.isdir(path):
             yield from _list_folder(fs, path, pattern, wanted_image_column)
@@ -107,11 +105,17 @@ def _expand_braces(source: str) -> list[str]:
 
 def _list_folder(fs: AbstractFileSystem, path: str, uri: str, wanted: str | None) -> Iterator[Partition]:
     found = False  # tars or Parquet files
+    stores: set[str] = set()  # folders below this one that hold the output of a job
     images: list[tuple[str, int, str]] = []
     num_images = 0
     for file in find_files(fs, path):
         name = _relative(file.name, path)
-        if any(part.startswith((".", "_")) for part in name.split("/")):
+        folders = name.split("/")[:-1]
+        if "_cotam" in folders:  # sorted before what belongs to it
+            stores.add("/".join([*folders[: folders.index("_cotam")], "data"]))
+        inside = ("/".join(folders[: k + 1]) for k in range(len(folders)))
+        is_book = any(part in (*_BOOKS, "_cotam") or part.startswith(".") for part in name.split("/"))
+        if is_book or not stores.isdisjoint(inside):
             continue
         if name.lower().endswith((*TAR_SUFFIXES, ".parquet")):
             found = True
@@ -140,7 +144,7 @@ def _image_partition(
     """Names below ``folder``, sizes and versions of the last ones of so many images."""
     number = (num_images - 1) // FILES_PER_PARTITION
     return Partition(
-        partition_id=_partition_id(f"{PurePosixPath(folder).name}-{number:06d}", images),
+        partition_id=partition_id(f"{PurePosixPath(folder).name}-{number:06d}", [(_uri(fs, folder),), *images]),
         kind="files",
         source=_uri(fs, folder),
         paths=tuple(name for name, _, _ in images),
@@ -154,8 +158,8 @@ def _list_file(fs: AbstractFileSystem, file: File, wanted: str | None) -> Iterat
     if name.lower().endswith(".parquet"):
         yield from _list_parquet(file, source, wanted)
     elif name.lower().endswith(TAR_SUFFIXES):
-        partition_id = _partition_id(name[: name.lower().rindex(".t")], [(source, file.num_bytes, file.version)])
-        yield Partition(partition_id=partition_id, kind="tar", source=source, num_bytes=file.num_bytes)
+        stem, identity = name[: name.lower().rindex(".t")], [(source, file.num_bytes, file.version)]
+        yield Partition(partition_id=partition_id(stem, identity), kind="tar", source=source, num_bytes=file.num_bytes)
     else:
         raise SourceError(f"{source} is neither a tar nor a Parquet file nor a folder")
 
@@ -164,7 +168,7 @@ def _list_parquet(file: File, source: str, wanted: str | None) -> Iterator[Parti
     def partition(groups: tuple[int, int], column: str, num_bytes: int, problem: str = "") -> Partition:
         identity = [(source, file.num_bytes, file.version, *groups, column)]
         return Partition(
-            partition_id=_partition_id(f"{PurePosixPath(file.name).stem}-{groups[0]:05d}", identity),
+            partition_id=partition_id(f"{PurePosixPath(file.name).stem}-{groups[0]:05d}", identity),
             kind="parquet",
             source=source,
             row_groups=groups,
@@ -185,11 +189,6 @@ def _list_parquet(file: File, source: str, wanted: str | None) -> Iterator[Parti
         if num_bytes >= PARQUET_PARTITION_BYTES or k == metadata.num_row_groups - 1:
             yield partition((first, k + 1), column, num_bytes)
             first, num_bytes = k + 1, 0
-
-
-def _partition_id(stem: str, identity: Sequence[tuple[Any, ...]]) -> str:
-    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
-    return f"{re.sub(r'[^A-Za-z0-9_-]+', '_', stem)[:48]}-{digest}"
 
 
 def _relative(name: str, folder: str) -> str:

@@ -40,8 +40,8 @@ class Root:
 
     def __init__(self, uri: str) -> None:
         self.fs, self.path = split_uri(uri.rstrip("/") or uri)
-        self.uri = uri.rstrip("/")
         self.is_local = isinstance(self.fs, LocalFileSystem)
+        self.uri = self.path if self.is_local else uri.rstrip("/")  # absolute: workers run elsewhere
 
     def join(self, path: str) -> str:
         """The full path of ``path`` on the filesystem."""
@@ -216,6 +216,8 @@ def is_transient(error: BaseException) -> bool:
 def split_uri(uri: str) -> tuple[AbstractFileSystem, str]:
     """The filesystem of a URI and the path on it. Raises ValueError for an unknown protocol, or credentials in it."""
     refuse_credentials(uri)
+    if "://" not in uri and "::" in uri:  # to fsspec, a chain of filesystems; to others, a time of day
+        return LocalFileSystem(), os.path.abspath(uri)
     try:
         fs, path = fsspec.core.url_to_fs(uri)
     except (ValueError, ImportError) as error:

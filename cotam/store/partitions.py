@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, overload
@@ -120,6 +123,12 @@ class Partitions(Sequence[Partition]):
 
     def _those(self, mask: pa.ChunkedArray) -> Partitions:
         return self if pc.all(mask).as_py() else Partitions(self.table.filter(mask))
+
+
+def partition_id(stem: str, identity: Sequence[tuple[Any, ...]]) -> str:
+    """The id of what ``identity``, JSON-serialisable, tells from everything else, with a readable ``stem``."""
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
+    return f"{re.sub(r'[^A-Za-z0-9_-]+', '_', stem)[:48]}-{digest}"
 
 
 def _row(partition: Partition) -> dict[str, Any]:

@@ -23,6 +23,7 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes", "content")
 _KEY_COLUMNS = ("key", "__key__", "id", "image_id", "filename", "file_name", "path")
 _PARQUET_BATCH_ROWS = 16
+_PARQUET_BUFFER_BYTES = 2**20
 _MAX_LOST_ROWS = 100_000  # of a damaged row group get a reject each; a footer may claim any number
 _MAX_KEY_CHARACTERS = 1024
 
@@ -93,7 +94,8 @@ def member_types(partition: Partition) -> dict[str, pa.DataType]:
     if partition.kind != "parquet" or partition.problem:
         return {}
     schema = parquet_metadata(partition.source).schema.to_arrow_schema()
-    return {f.name: f.type for f in schema if f.name not in (partition.image_column, key_column(schema))}
+    members = (f for f in schema if f.name not in (partition.image_column, key_column(schema)))
+    return {f.name: f.type.storage_type if isinstance(f.type, pa.BaseExtensionType) else f.type for f in members}
 
 
 def parquet_metadata(source: str) -> pq.FileMetaData:
@@ -186,7 +188,10 @@ def _read_parquet(partition: Partition) -> Iterator[Sample | Reject]:
     source, column, (first, end) = partition.source, partition.image_column, partition.row_groups
     with SourceFile(source) as file:
         with _arrow_errors(file):
-            parquet = pq.ParquetFile(file, page_checksum_verification=True)
+            # With pre_buffer, or without a buffer's size, the first row fetches its column of the whole row group.
+            parquet = pq.ParquetFile(
+                file, page_checksum_verification=True, pre_buffer=False, buffer_size=_PARQUET_BUFFER_BYTES
+            )
             schema, metadata = parquet.schema_arrow, parquet.metadata
         keys = key_column(schema)
         if column not in schema.names:
@@ -216,6 +221,7 @@ def _read_parquet(partition: Partition) -> Iterator[Sample | Reject]:
 def _rows(parquet: pq.ParquetFile, row_group: int) -> Iterator[dict[str, Any] | str]:
     """The rows of a row group; a row that Python cannot have, as text that is not UTF-8, comes as its error."""
     for batch in parquet.iter_batches(batch_size=_PARQUET_BATCH_ROWS, row_groups=[row_group]):
+        batch = _without_extensions(batch)
         try:
             yield from batch.to_pylist()
         except (pa.ArrowException, ValueError, OverflowError):
@@ -224,6 +230,14 @@ def _rows(parquet: pq.ParquetFile, row_group: int) -> Iterator[dict[str, Any] | 
                     yield batch.slice(k, 1).to_pylist()[0]
                 except (pa.ArrowException, ValueError, OverflowError) as error:
                     yield f"row cannot be read: {' '.join(str(error).split())}"
+
+
+def _without_extensions(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Columns of extension types as what is stored of them, which is what members are stored as."""
+    if not any(isinstance(kind, pa.BaseExtensionType) for kind in batch.schema.types):
+        return batch
+    columns = [c.storage if isinstance(c.type, pa.BaseExtensionType) else c for c in batch.columns]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
 def _parquet_item(

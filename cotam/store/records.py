@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import dataclasses
 import os
@@ -12,6 +13,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -105,14 +107,15 @@ class RunStore:
             return str(fresh["config_hash"])
         if known["kind"] != kind:
             raise StoreError(f"{self.root.uri} holds the output of `cotam {known['kind']}`; choose another DST")
-        if known["config_hash"] != fresh["config_hash"]:
-            changed = sorted(k for k in {*config, *known["config"]} if config.get(k) != known["config"].get(k))
-            was = ", ".join(f"{k}={known['config'].get(k)}" for k in changed)
+        before = known["config"]  # by an earlier version it may lack options that are None
+        changed = sorted(k for k in {*config, *before} if config_hash([config.get(k)]) != config_hash([before.get(k)]))
+        if changed:
+            was = ", ".join(f"{k}={before.get(k)}" for k in changed)
             raise StoreError(f"{self.root.uri} was made with {was}; use the same options or choose another DST")
         merged = [*known["sources"], *(s for s in sources if s not in known["sources"])]
         if merged != known["sources"]:
             self.root.write_json(MANIFEST, {**known, "sources": merged})
-        return str(fresh["config_hash"])
+        return str(known["config_hash"])
 
     def manifest(self) -> dict[str, Any]:
         """The manifest. Raises FileNotFoundError where there is none, StoreError where it is none of a run."""
@@ -194,43 +197,74 @@ class RunStore:
     def lock(self) -> Iterator[None]:
         """Hold the store for one job; a lock whose process is gone or whose heartbeat stopped is taken over.
 
+        A job that was taken over, after a standstill for one, is interrupted.
+
         Raises:
-            StoreError: another job works on this store.
+            StoreError: another job works on this store, or has taken it over.
         """
         token = uuid.uuid4().hex
-        owner = {"token": token, "host": socket.gethostname(), "pid": os.getpid()}
+        owner = {"token": token, "host": socket.gethostname(), "pid": os.getpid(), "pids": _pid_space()}
         self._refuse_if_locked()
         self.root.write_json(_LOCK, {**owner, "heartbeat": time.time()})
         if self.root.read_json(_LOCK)["token"] != token:  # two jobs that started at once: the last writer stays
             raise StoreError(f"another job has just started on {self.root.uri}; wait for it or choose another DST")
-        stop = threading.Event()
+        stop, lost = threading.Event(), threading.Event()
 
         def beat() -> None:
             while not stop.wait(_HEARTBEAT_S):
                 with contextlib.suppress(OSError):  # a missed beat is made up for by the next
+                    if self._is_locked_by_another(token):
+                        lost.set()
+                        _thread.interrupt_main()
+                        return
                     self.root.write_json(_LOCK, {**owner, "heartbeat": time.time()})
 
         thread = threading.Thread(target=beat, daemon=True, name="cotam-lock")
         thread.start()
         try:
             yield
+        except KeyboardInterrupt:
+            if lost.is_set():
+                raise StoreError(f"another job has taken over {self.root.uri}, which this one lost sight of") from None
+            raise
         finally:
             stop.set()
             thread.join()
             with contextlib.suppress(OSError):  # it goes stale by itself, and is no reason to fail a finished job
-                self.root.remove(_LOCK)
+                if not self._is_locked_by_another(token):
+                    self.root.remove(_LOCK)
+
+    def _is_locked_by_another(self, token: str) -> bool:
+        held = self._read_lock()
+        return held is not None and held["token"] != token
 
     def _refuse_if_locked(self) -> None:
-        try:
-            held = self.root.read_json(_LOCK)
-            fresh = time.time() - held["heartbeat"] < _STALE_S
-        except (FileNotFoundError, ValueError, TypeError, KeyError):
+        held = self._read_lock()
+        if held is None:
             return
-        if fresh and (held["host"] != socket.gethostname() or _process_exists(held["pid"])):
+        if held["pids"] == _pid_space():
+            alive = _process_exists(held["pid"])
+        else:
+            alive = 0 <= time.time() - held["heartbeat"] < _STALE_S
+            if not alive:  # or a clock is wrong: then it goes on beating
+                time.sleep(1.5 * _HEARTBEAT_S)
+                later = self._read_lock()
+                alive = later is not None and later != held
+        if alive:
             raise StoreError(
                 f"another job (process {held['pid']} on {held['host']}) works on {self.root.uri};"
                 " wait for it or stop it"
             )
+
+    def _read_lock(self) -> dict[str, Any] | None:
+        """The lock, or None where there is none that a job has written."""
+        try:
+            held = self.root.read_json(_LOCK)
+            texts, numbers = (held["token"], held["host"]), (held["pid"], held["heartbeat"])
+            is_lock = all(isinstance(t, str) for t in texts) and all(isinstance(n, int | float) for n in numbers)
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            return None
+        return {"pids": "", **held} if is_lock else None
 
 
 def parse_completion(values: Any, partition_id: str, where: str) -> Completion:
@@ -273,6 +307,15 @@ def check_manifest(values: Any, where: str) -> dict[str, Any]:
 def _failure(values: Any, partition_id: str) -> dict[str, str]:
     known = values if isinstance(values, dict) else {}
     return {"partition_id": partition_id, **{name: str(known.get(name, "unknown")) for name in ("source", "error")}}
+
+
+def _pid_space() -> str:
+    """Where a process id means the same process: one start of one kernel, and within that one container."""
+    try:
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot_id} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
 
 
 def _process_exists(pid: int) -> bool:

@@ -52,9 +52,7 @@ class ShardWriter:
     def write(self, row: Row) -> None:
         """Append a row."""
         self._rows.append(row)
-        self._buffered_bytes += len(row.bitstream) + sum(
-            len(v) for v in row.members.values() if isinstance(v, bytes | str)
-        )
+        self._buffered_bytes += len(row.bitstream) + _num_bytes(row.members)
         if row.importance is not None:
             self._buffered_bytes += row.importance.nbytes
         if self._buffered_bytes >= ROW_GROUP_BYTES or len(self._rows) >= _ROW_GROUP_ROWS:
@@ -108,6 +106,23 @@ class ShardWriter:
                     table = table.append_column(name, pa.nulls(len(table), kind))
                 self._open().write_table(table.cast(self._schema))
         old.unlink()
+
+
+def _num_bytes(value: Any) -> int:
+    """About how much memory a member's value takes, whatever it is nested in."""
+    if isinstance(value, bytes | str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_num_bytes, value.values()))
+    return sum(map(_num_bytes, value)) if isinstance(value, list | tuple) else 8
+
+
+def read_keys(root: Root, path: str) -> pa.ChunkedArray:
+    """The keys of a shard, or of predictions, strings. Raises ValueError where it has none."""
+    with root.fs.open(root.join(path), "rb") as file, pq.ParquetFile(file) as parquet:
+        if "key" not in parquet.schema_arrow.names:
+            raise ValueError(f"{path} has no keys")
+        return parquet.read(columns=["key"])["key"]
 
 
 def read_rows(root: Root, path: str) -> Iterator[Row]:

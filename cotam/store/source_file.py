@@ -94,6 +94,7 @@ def decompressed(file: SourceFile) -> Any:
         return bz2.BZ2File(file)
     if magic == b"\xfd7zXZ\0":
         return lzma.LZMAFile(cast(IO[bytes], file))
-    if magic.startswith(b"\x28\xb5\x2f\xfd"):
+    is_skippable_frame = magic[1:4] == b"\x2a\x4d\x18" and magic[0] >> 4 == 5  # what pzstd starts with
+    if magic.startswith(b"\x28\xb5\x2f\xfd") or is_skippable_frame:
         return pa.CompressedInputStream(file, "zstd")
     return file

@@ -204,6 +204,57 @@ def test_a_changed_source_replaces_what_was_made_of_it(tmp_path: Path) -> None:
     assert problems(dst) == []
 
 
+def test_originals_that_are_gone_take_nothing_with_them(tmp_path: Path) -> None:
+    """A folder that is emptied after each run, as the originals are not wanted any more."""
+    source, dst = tmp_path / "in", str(tmp_path / "out")
+    source.mkdir()
+    for k in range(3):
+        (source / f"{k}.jpg").write_bytes(to_bytes(photograph(k)))
+    encode(str(source), dst)
+    (source / "3.jpg").write_bytes(to_bytes(photograph(3)))
+    summary = encode(str(source), dst)  # all that was there still is: replaced
+    assert (summary.num_replaced, summary.num_kept, summary.num_rows) == (1, 0, 4)
+    for k in range(4):
+        (source / f"{k}.jpg").unlink()
+    (source / "4.jpg").write_bytes(to_bytes(photograph(4)))
+    summary = encode(str(source), dst)
+    assert (summary.num_replaced, summary.num_kept, summary.num_rows) == (0, 1, 1)
+    keys = ds.dataset(f"{dst}/data").to_table(columns=["key"])["key"].to_pylist()
+    assert sorted(keys) == [f"{k}.jpg" for k in range(5)]
+    assert problems(dst) == []
+
+
+def test_a_shard_that_was_made_again_is_decoded_again(tmp_path: Path) -> None:
+    write_webdataset(tmp_path / "in", 1, 2)
+    ids = []
+    for quality in (2.0, 6.0):
+        store = RunStore(f"{tmp_path}/{quality}")
+        config = EncodeConfig(quality=quality)
+        config_hash = store.open_run("encode", dataclasses.asdict(config), ["in"])
+        partitions = list_partitions(f"{tmp_path}/in")
+        run_partitions(partial(EncodeTask, config, config_hash, "cpu", 1), partitions, store, RESOURCES)
+        ids += [partition.partition_id for partition in list_shards(store)]
+    assert len(set(ids)) == 2
+    assert list_shards(store) == list_shards(RunStore(str(store.root.uri)))
+
+
+class _Elsewhere(EncodeTask):
+    def process(self, partition: Partition, store: RunStore, report: Report) -> Completion:
+        """As on a machine where the store's path is a folder of its own."""
+        store.root.path += "-of-another-machine"
+        return super().process(partition, store, report)
+
+
+def test_outcomes_that_the_driver_cannot_see_are_not_success(tmp_path: Path) -> None:
+    write_webdataset(tmp_path / "in", 2, 1)
+    store = RunStore(f"{tmp_path}/out")
+    config = EncodeConfig()
+    config_hash = store.open_run("encode", dataclasses.asdict(config), ["in"])
+    partitions = list_partitions(f"{tmp_path}/in")
+    with pytest.raises(RuntimeError, match=r"2 partitions of which nothing is in .*every machine has to see"):
+        run_partitions(partial(_Elsewhere, config, config_hash, "cpu", 1), partitions, store, RESOURCES)
+
+
 def test_a_source_that_disappears_is_one_failed_partition(tmp_path: Path) -> None:
     write_webdataset(tmp_path / "in", 2, 2)
     partitions = list_partitions(str(tmp_path / "in"))

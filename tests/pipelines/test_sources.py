@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cotam.store.readers import read_partition
+from cotam.store.records import RunStore
 from pipelines import sources
 from pipelines.sources import SourceError, list_partitions
-from tests.corpus import photograph, to_bytes, write_webdataset
+from tests.corpus import photograph, to_bytes, write_tar, write_webdataset
 
 
 def test_braces_globs_and_folders_name_the_same_partitions(tmp_path: Path) -> None:
@@ -47,6 +50,43 @@ def test_folders_of_images_are_cut_into_runs(tmp_path: Path, monkeypatch: pytest
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(image)
     assert [p.paths for p in list_partitions(str(tmp_path))] == [("a/1.PNG", "a/3.jpg"), ("b.webp",)]
+
+
+def test_names_that_cameras_and_clocks_write_are_listed(tmp_path: Path) -> None:
+    image = to_bytes(photograph(0))
+    names = ["_DSC0001.JPG", "_sub/y.png", "g.pgm", "scan.jpe", "_SUCCESS", "_temporary/0/part.jpg", "._DSC0001.JPG"]
+    for name in names:
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image)
+    (found,) = list_partitions(f"{tmp_path}/in")
+    assert found.paths == ("_DSC0001.JPG", "_sub/y.png", "g.pgm", "scan.jpe")
+    (tmp_path / "tars").mkdir()
+    for name in ("12::30::00.tar", "q[1].tar", "what?.tar"):
+        write_tar(tmp_path / "tars" / name, [("a.jpg", image)])
+        (partition,) = list_partitions(f"{tmp_path}/tars/{name}")
+        assert partition.source.endswith(name)
+        assert [item.key for item in read_partition(partition)] == ["a"]
+
+
+def test_output_of_a_job_inside_the_source_is_no_source(tmp_path: Path) -> None:
+    write_webdataset(tmp_path / "in", 1, 1)
+    for dst in ("in", "in/deeper/out"):
+        store = RunStore(f"{tmp_path}/{dst}")
+        store.open_run("encode", {}, [])
+        store.root.write("data/part-0000-000000000000.parquet", b"bitstreams")
+    assert [p.kind for p in list_partitions(f"{tmp_path}/in")] == ["tar"]
+
+
+def test_the_same_names_in_two_folders_are_two_partitions(tmp_path: Path) -> None:
+    ids = []
+    for folder in ("monday/cam", "tuesday/cam"):
+        (tmp_path / folder).mkdir(parents=True)
+        path = tmp_path / folder / "000.bmp"
+        path.write_bytes(to_bytes(photograph(len(ids)), "BMP"))
+        os.utime(path, (0, 0))
+        ids.append(list_partitions(f"{tmp_path}/{folder}")[0].partition_id)
+    assert len(set(ids)) == 2
 
 
 def test_parquet_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import resource
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,6 +20,7 @@ from cotam.store.partitions import Partition
 from cotam.store.readers import image_column, member_types, parquet_metadata, read_partition
 from cotam.store.schema import Reject, Row, Sample
 from cotam.store.shard import ShardWriter, read_rows
+from cotam.store.source_file import SourceFile
 from tests.bad_corpora import AFTER, COMPRESSIONS, END, GOOD, JPEG, bad_tars, header, member, pax, pax_record
 from tests.corpus import photograph, to_bytes, write_tar, write_webdataset
 
@@ -275,9 +277,19 @@ def test_columns_of_every_type_come_back_and_rows_that_cannot_are_rejects(tmp_pa
         with ShardWriter(tmp_path / "shard.parquet", {}, member_types(parquet(path))) as writer:
             for s in samples:
                 writer.write(
-                    Row(key=s.key, source="s", width=1, height=1, bitstream=b"x", quality=1.0, source_num_bytes=1,
-                        source_format="JPEG", source_sha256="", members=s.members)
-                )  # fmt: skip
+                    Row(
+                        key=s.key,
+                        source="s",
+                        width=1,
+                        height=1,
+                        bitstream=b"x",
+                        quality=1.0,
+                        source_num_bytes=1,
+                        source_format="JPEG",
+                        source_sha256="",
+                        members=s.members,
+                    )
+                )
         last = list(read_rows(Root(str(tmp_path)), "shard.parquet"))[1].members
         assert last["nested"] == {"a": []} and last["map"] == [("k", 1)] and last["kind"] == "x"
         assert last["member_width"] == 3 and last["member_member_width"] == 6
@@ -329,3 +341,57 @@ def _altered(data: bytes, rng: random.Random) -> bytes:
             for _ in range(3):
                 altered[-1 - rng.randrange(min(len(altered), 700))] = rng.randrange(256)
     return bytes(altered)
+
+
+def test_a_parallel_zstd_archive_starts_with_a_frame_to_skip(tar: Path) -> None:
+    data = pa.Codec("zstd").compress(tar.read_bytes(), asbytes=True)
+    packed = tar.with_suffix(".tar.zst")
+    packed.write_bytes(b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + len(data).to_bytes(4, "little") + data)
+    samples, rejects = read(packed)
+    assert len(samples) == 6 and not rejects
+
+
+def test_members_of_extension_types_are_stored_as_what_they_are_made_of(tmp_path: Path) -> None:
+    flags = pa.ExtensionArray.from_storage(pa.bool8(), pa.array([1, 0, None], pa.int8()))
+    tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(np.arange(12, dtype=np.float32).reshape(3, 2, 2))
+    path = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"image": [b"x"] * 3, "flag": flags, "tensor": tensors}), path)
+    samples, _ = split(parquet(path))
+    types = member_types(parquet(path))
+    with ShardWriter(tmp_path / "out.parquet", {}, types) as writer:
+        for sample in samples:
+            writer.write(
+                Row(
+                    key=sample.key,
+                    source="s",
+                    width=1,
+                    height=1,
+                    bitstream=b"b",
+                    quality=4.0,
+                    source_num_bytes=1,
+                    source_format="PNG",
+                    source_sha256="",
+                    members=sample.members,
+                )
+            )
+    rows = list(read_rows(Root(str(tmp_path)), "out.parquet"))
+    assert [r.members.get("flag") for r in rows] == [1, 0, None]
+    assert rows[2].members["tensor"] == [8.0, 9.0, 10.0, 11.0]
+
+
+def test_a_large_row_group_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, generator = tmp_path / "in.parquet", np.random.default_rng(0)
+    images = [generator.bytes(2**16) for _ in range(512)]
+    pq.write_table(pa.table({"image": images}), path, compression="NONE", use_dictionary=False, write_batch_size=8)
+    largest = 0
+
+    def read_some(self: SourceFile, size: int = -1) -> bytes:
+        nonlocal largest
+        data = original(self, size)
+        largest = max(largest, len(data))
+        return data
+
+    original = SourceFile.read
+    monkeypatch.setattr(SourceFile, "read", read_some)
+    assert [sample.image for sample in split(parquet(path))[0]] == images
+    assert largest < 2**23, "the row group of 32 MiB was read at once"

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
+from cotam.store import records
 from cotam.store.fs import Root
 from cotam.store.records import RunStore, StoreError
 from cotam.store.schema import Row
@@ -73,6 +75,52 @@ def test_two_jobs_on_one_store_are_refused_and_a_dead_one_is_not(tmp_path: Path)
     (tmp_path / "_cotam/lock.json").write_text(json.dumps(held))
     with pytest.raises(StoreError, match="another-host"), store.lock():
         pass
+
+
+def test_options_that_came_later_do_not_change_a_run(tmp_path: Path) -> None:
+    store = RunStore(str(tmp_path))
+    first = store.open_run("encode", {"quality": 4.0}, ["a"])
+    assert store.open_run("encode", {"quality": 4.0, "image_column": None}, ["a"]) == first
+    with pytest.raises(StoreError, match=r"made with image_column=None"):
+        store.open_run("encode", {"quality": 4.0, "image_column": "mask"}, ["a"])
+
+
+def test_a_job_that_lost_its_lock_is_interrupted_and_leaves_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "_HEARTBEAT_S", 0.05)
+    store, path = RunStore(str(tmp_path)), tmp_path / "_cotam/lock.json"
+    other = {"token": "t", "host": "another-host", "pid": 1, "pids": "there", "heartbeat": time.time()}
+    with pytest.raises(StoreError, match="has taken over"), store.lock():
+        store.root.write_json("_cotam/lock.json", other)
+        time.sleep(30)
+    assert json.loads(path.read_text()) == other
+
+
+@pytest.mark.parametrize("skew_s", [-1e5, 1e5])
+def test_a_lock_that_beats_holds_whatever_its_clock_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skew_s: float
+) -> None:
+    monkeypatch.setattr(records, "_HEARTBEAT_S", 0.2)
+    store = RunStore(str(tmp_path))
+    held = {"token": "t", "host": "another-host", "pid": 1, "pids": "there"}
+    store.root.write_json("_cotam/lock.json", {**held, "heartbeat": time.time() + skew_s})
+    beat = threading.Timer(
+        0.1, store.root.write_json, ["_cotam/lock.json", {**held, "heartbeat": time.time() + skew_s + 1}]
+    )
+    beat.start()
+    with pytest.raises(StoreError, match="another-host"), store.lock():
+        pass
+    with store.lock():  # it does not beat any more
+        assert store.root.read_json("_cotam/lock.json")["token"] != "t"
+
+
+def test_rows_with_nested_members_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cotam.store.shard.ROW_GROUP_BYTES", 10_000)
+    with ShardWriter(tmp_path / "shard.parquet", {}) as writer:
+        for k in range(10):
+            writer.write(row(str(k), view={"bytes": b"x" * 4000, "path": "p"}, embedding=[0.5] * 500))
+    assert pq.read_metadata(tmp_path / "shard.parquet").num_row_groups == 5
 
 
 def test_a_write_that_breaks_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
