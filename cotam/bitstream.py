@@ -15,9 +15,10 @@ from __future__ import annotations
 import zlib
 from typing import NamedTuple
 
+from cotam.image import MAX_SIDE_PX, size_problem
+
 VERSION = 2
 MODEL_ID_BYTES = 4
-MAX_SIDE_PX = 2**24
 _HAS_MAP = 4
 _FIXED_BYTES = 1 + MODEL_ID_BYTES + 1 + 1
 _CRC_BYTES = 4
@@ -94,8 +95,8 @@ def unpack(data: bytes, max_pixels: int) -> Bitstream:
     height, at = _read_varint(body, at)
     if not (0 < width <= MAX_SIDE_PX and 0 < height <= MAX_SIDE_PX):
         raise BitstreamError(f"bitstream has an impossible size of {width}x{height} pixels")
-    if width * height > max_pixels:
-        raise BitstreamError(f"bitstream of {width}x{height} pixels, over the limit of {max_pixels} pixels")
+    if problem := size_problem(width, height, max_pixels):
+        raise BitstreamError(f"bitstream of {problem}")
     map_code = None
     if flags & _HAS_MAP:
         if at == len(body):

@@ -20,7 +20,7 @@ from cotam.entropy.rans import RansCoder, RansDecoder, RansError
 from cotam.entropy.skip import drop_skipped, restore_skipped
 from cotam.entropy.tables import Z_ROWS
 from cotam.grouping import in_groups
-from cotam.image import MAX_PIXELS, RGBImage, check_rgb
+from cotam.image import MAX_PIXELS, RGBImage, check_rgb, size_problem
 from cotam.importance import DEFAULT_STRENGTH
 from cotam.memory import keep_freed_memory
 from cotam.models.causal import CausalPredictor
@@ -229,10 +229,8 @@ class Codec:
         """The device stage of encoding: the networks, in batches of images of one latent size. Errors as ``encode``."""
         for image in images:
             check_rgb(image)
-            if image.shape[0] * image.shape[1] > self.max_pixels:
-                raise ValueError(
-                    f"image of {image.shape[1]}x{image.shape[0]} pixels, over the limit of {self.max_pixels}"
-                )
+            if problem := size_problem(image.shape[1], image.shape[0], self.max_pixels):
+                raise ValueError(f"image of {problem}")
         keys = [self._group(*_latent_size(*i.shape[:2]), q) for i, q in zip(images, quality_indexes, strict=True)]
         return in_groups(
             keys,

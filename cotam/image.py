@@ -17,6 +17,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 RGBImage = NDArray[np.uint8]  # (H, W, 3)
 
 MAX_PIXELS = 2**27  # 134 megapixels
+MAX_SIDE_PX = 2**24
 # Pillow would open fifty more, of which some run programs (EPS) or unpack without limit.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "GIF", "PPM")
 _WHITE = (255, 255, 255, 255)
@@ -84,10 +85,26 @@ def check_rgb(image: RGBImage) -> None:
         raise ValueError(f"image has no pixels: {image.shape}")
 
 
-def _check_size(size: tuple[int, int], max_pixels: int) -> None:
-    width, height = size
+def num_computed_pixels(width: int, height: int) -> int:
+    """What an image counts to the codec, which computes in blocks of 16x16: a line of pixels costs as much as 16."""
+    return 16 * 16 * -(-width // 16) * -(-height // 16)
+
+
+def size_problem(width: int, height: int, max_pixels: int) -> str | None:
+    """What is wrong with the size of an image, by a limit that may come from the user; None if nothing is."""
+    size = f"{width}x{height} pixels"
+    if max(width, height) > MAX_SIDE_PX:
+        return f"{size}, over the limit of {MAX_SIDE_PX} a side"
     if width * height > max_pixels:
-        raise ImageError(f"{width}x{height} pixels, over the limit of {max_pixels} pixels")
+        return f"{size}, over the limit of {max_pixels} pixels"
+    if (computed := num_computed_pixels(width, height)) > 1.25 * max_pixels + 2**16:  # room to pad what is just below
+        return f"{size}, as much to compute as {computed}, over the limit of {max_pixels} pixels"
+    return None
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    if problem := size_problem(*size, max_pixels):
+        raise ImageError(problem)
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:

@@ -18,9 +18,9 @@ from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
-from cotam.bitstream import BitstreamError
+from cotam.bitstream import BitstreamError, unpack
 from cotam.codec import Codec, CompressedImage, DecompressedImage
-from cotam.image import ImageError, RGBImage, decode_image
+from cotam.image import ImageError, RGBImage, decode_image, num_computed_pixels
 from cotam.importance import DEFAULT_STRENGTH
 from cotam.importance.source import ImportanceMap, ImportanceSource
 from cotam.stage_times import StageTimes
@@ -91,7 +91,7 @@ def encode_stream(
     ):
         read = prefetch(times.iterate("read", samples), 4)
         decoded = ordered_map(decoders, lambda s: _decode_sample(s, codec, times), read, 2 * num_threads)
-        batches = _batches(decoded, lambda d: d.pixels.size // 3)
+        batches = _batches(decoded, lambda d: num_computed_pixels(d.pixels.shape[1], d.pixels.shape[0]))
         if steering is not None:
             batches = prefetch(_estimate(batches, steering.source, times), 1)
         strength, keep_map = (steering.strength, steering.keep_map) if steering is not None else (0.0, False)
@@ -109,7 +109,8 @@ def decode_stream(
     """Decode rows: one image or one reject for each, in order. Arguments and errors as ``encode_stream``."""
     times = times or StageTimes()
     with ThreadPoolExecutor(num_threads, thread_name_prefix="cotam-rans") as coders:
-        batches = _batches(prefetch(times.iterate("read", rows), 2 * _BATCH_IMAGES), lambda r: r.width * r.height)
+        checked = (_check_row(row, codec) for row in times.iterate("read", rows))
+        batches = _batches(prefetch(checked, 2 * _BATCH_IMAGES), lambda r: num_computed_pixels(r.width, r.height))
         decoded = (item for batch in batches for item in _decode_rows(batch, codec, coders, with_latents, times))
         yield from prefetch(decoded, num_threads)
 
@@ -266,16 +267,27 @@ def _decode_rows(
     with times.measure("networks"):
         images = iter(codec.reconstruct(good))
         latents = iter(codec.latents(good) if with_latents else [None] * len(good))
-    for row, item in zip(rows, decompressed, strict=True):
-        if isinstance(item, BitstreamError):
-            yield Reject(key=row.key, source=row.source, stage="decode", error=str(item), image=row.bitstream)
-            continue
-        image, y_hat = next(images), next(latents)
-        if image.shape[:2] != (row.height, row.width):
-            error = f"bitstream is {image.shape[1]}x{image.shape[0]}, its row says {row.width}x{row.height}"
-            yield Reject(key=row.key, source=row.source, stage="decode", error=error, image=row.bitstream)
+    outcomes = iter(decompressed)
+    for item in batch:
+        outcome = next(outcomes) if isinstance(item, Row) else None
+        if isinstance(item, Reject):
+            yield item
+        elif isinstance(outcome, BitstreamError):
+            yield Reject(key=item.key, source=item.source, stage="decode", error=str(outcome), image=item.bitstream)
         else:
-            yield DecodedRow(row, image, y_hat)
+            yield DecodedRow(item, next(images), next(latents))
+
+
+def _check_row(row: Row, codec: Codec) -> Row | Reject:
+    """A row whose size is that of its bitstream, which batches are made by, or why it is none."""
+    try:
+        stream = unpack(row.bitstream, codec.max_pixels)
+        if (stream.width, stream.height) == (row.width, row.height):
+            return row
+        error = f"bitstream is {stream.width}x{stream.height}, its row says {row.width}x{row.height}"
+    except BitstreamError as problem:
+        error = str(problem)
+    return Reject(key=row.key, source=row.source, stage="decode", error=error, image=row.bitstream)
 
 
 def _decompress_one(row: Row, codec: Codec) -> DecompressedImage | BitstreamError:

@@ -63,7 +63,7 @@ def _find_partitions(source: str, wanted_image_column: str | None) -> Iterator[P
         files: Iterable[File]
         if siblings is not None and path in siblings:
             files = [siblings[path]]
-        elif _has_magic(path) and not fs.exists(path):  # a name may have brackets
+        elif _has_magic(path) and not (isinstance(fs, LocalFileSystem) and fs.exists(path)):  # a name may have brackets
             files = glob_files(fs, path)
         elif fs.isdir(path):
             yield from _list_folder(fs, path, pattern, wanted_image_column)

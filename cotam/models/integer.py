@@ -13,6 +13,7 @@ straight-through gradients to the real-valued parameters behind the integers, so
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -164,19 +165,20 @@ class IntConv2d(nn.Module):
     def forward(self, x: Tensor, q: Tensor | None = None) -> Tensor:
         """(B, I, h, w) integers in float32, ``q`` (B, 1, h, w) or (B, 1, 1, 1), to (B, O, h, w) integers."""
         kernel = self._current_kernel()
-        if kernel.int8 is not None and not torch.is_grad_enabled():
-            batch, _, height, width = x.shape
-            rows = _int8_product(kernel, [x.to(torch.int8).permute(0, 2, 3, 1).flatten(0, 2)])
-            out = rows.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
-        else:
-            with torch.autocast(x.device.type, enabled=False):  # 8 bits of bfloat16 do not hold these integers
-                if self.depthwise:
+        with torch.autocast(x.device.type, enabled=False):  # 8 bits of bfloat16 do not hold these integers
+            if kernel.int8 is not None and not torch.is_grad_enabled():
+                batch, _, height, width = x.shape
+                rows = _int8_product(kernel, [x.to(torch.int8).permute(0, 2, 3, 1).flatten(0, 2)])
+                out = rows.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
+            elif self.depthwise:
+                # cuDNN may choose an algorithm that transforms its input, and rounds.
+                with torch.backends.cudnn.flags(enabled=False) if x.is_cuda else nullcontext():
                     out = F.conv2d(x, kernel.weight, kernel.bias, padding=1, groups=x.shape[1])
-                else:
-                    out = F.conv2d(x, kernel.weight, kernel.bias)
-        if self.quality_bias:
-            assert q is not None
-            out = out + q * kernel.gain[:, None, None]
+            else:
+                out = F.conv2d(x, kernel.weight, kernel.bias)
+            if self.quality_bias:
+                assert q is not None
+                out = out + q * kernel.gain[:, None, None]
         return self._round(out)
 
     def as_input(self, x: Tensor) -> Tensor:
@@ -190,16 +192,16 @@ class IntConv2d(nn.Module):
         ``inputs`` are float32 or ``as_input`` of it. ``channels`` are the output channels to compute.
         """
         kernel = self._current_kernel()
-        if kernel.int8 is not None and not torch.is_grad_enabled():
-            out = _int8_product(kernel, inputs, channels)
-        else:
-            with torch.autocast(q.device.type, enabled=False):
+        with torch.autocast(q.device.type, enabled=False):
+            if kernel.int8 is not None and not torch.is_grad_enabled():
+                out = _int8_product(kernel, inputs, channels)
+            else:
                 weights = kernel.weight[channels, :, 0, 0].T.split([x.shape[1] for x in inputs])
                 out = kernel.bias[channels].expand(len(q), -1)
                 for x, weight in zip(inputs, weights, strict=True):
                     out = torch.addmm(out, x, weight)
-        if self.quality_bias:
-            out = torch.addr(out, q[:, 0], kernel.gain[channels])
+            if self.quality_bias:
+                out = torch.addr(out, q[:, 0], kernel.gain[channels])
         return self._round(out)
 
     def _current_kernel(self) -> Kernel:

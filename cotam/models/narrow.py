@@ -33,7 +33,8 @@ def narrowed(model: CodecModel, num_channels: int) -> CodecModel:
     absent = (ints.bias * ints.scale).round().clamp(context.low, context.high)  # what layers make of channels of zeros
     absent.view(-1, config.M)[:, :num_channels] = 0
     kept = narrow.entropy_parameters.squeeze.frozen_integers()
-    constant = squeeze.frozen_integers().weight[:, :, 0, 0] @ absent
+    weight = squeeze.frozen_integers().weight[:, :, 0, 0]
+    constant = (weight * absent).sum(1)  # not a matrix product, which autocast would round
     narrow.entropy_parameters.squeeze.freeze_as(kept._replace(bias=kept.bias + constant))
     return narrow.eval()
 

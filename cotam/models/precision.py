@@ -11,7 +11,7 @@ import torch
 def computes_in_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 is faster than float32 there: on GPUs, and on CPUs with instructions for it."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
 
 

@@ -145,10 +145,12 @@ def find_files(fs: AbstractFileSystem, path: str) -> Iterator[File]:
 def glob_files(fs: AbstractFileSystem, pattern: str) -> Iterator[File]:
     """All files whose path matches, by name."""
     if not isinstance(fs, LocalFileSystem):
-        start = pattern.rfind("/", 0, min(pattern.index(c) for c in "*?[" if c in pattern)) + 1
-        folder, rest = pattern[:start], pattern[start:]
+        literal = pattern[: min(pattern.index(c) for c in "*?[" if c in pattern)]
+        folder, _, start = literal.rpartition("/")
+        rest = pattern[len(folder) + 1 :]
         matches = re.compile(glob_translate(pattern)).match
-        return _by_name(f for f in _scan(fs, folder, recursive="/" in rest or "**" in rest) if matches(f.name))
+        found = _scan(fs, folder, recursive="/" in rest or "**" in rest, start=start)
+        return _by_name(file for file in found if matches(file.name))
     return _by_name(_local_file(n) for n in glob.iglob(pattern, recursive=True) if not os.path.isdir(n))
 
 
@@ -157,10 +159,13 @@ def one_file(fs: AbstractFileSystem, path: str) -> File:
     return _file(path, fs.info(path))
 
 
-def _scan(fs: AbstractFileSystem, path: str, recursive: bool) -> Iterator[File]:
-    """The files in a folder, in no order. fsspec alone would hold a kilobyte for each."""
+def _scan(fs: AbstractFileSystem, path: str, recursive: bool, start: str = "") -> Iterator[File]:
+    """The files in a folder, in no order; ``start`` may leave out those whose names do not start with it.
+
+    fsspec alone would hold a kilobyte for each.
+    """
     if hasattr(fs, "scan"):
-        return (_file(name, info) for name, info in fs.scan(path, recursive))
+        return (_file(name, info) for name, info in fs.scan(path, recursive, start))
     found = fs.find(path, maxdepth=None if recursive else 1, detail=True)
     return (_file(name, info) for name, info in found.items())
 

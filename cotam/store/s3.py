@@ -90,10 +90,14 @@ class S3(S3FileSystem):  # type: ignore[misc]  # s3fs has no types
 
     call_s3 = sync_wrapper(_call_s3)
 
-    def scan(self, path: str, recursive: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Path and details of the objects in a folder, a page of a thousand in memory. Raises OSError."""
+    def scan(self, path: str, recursive: bool, start: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+        """Path and details of the objects in a folder whose names start with ``start``, a page of a thousand in memory.
+
+        Raises:
+            OSError: the listing fails.
+        """
         bucket, key, _ = self.split_path(path)
-        prefix = f"{key.rstrip('/')}/" if key else ""
+        prefix = (f"{key.rstrip('/')}/" if key else "") + start
         arguments = {"Bucket": bucket, "Prefix": prefix, **({} if recursive else {"Delimiter": "/"})}
         while True:
             page = self.call_s3("list_objects_v2", **arguments)

@@ -43,13 +43,17 @@ class CodecTrainer(Trainer[CodecModel, Tensor]):
         model = (init if init is not None else CodecModel(config.model)).to(memory_format=torch.channels_last)
         super().__init__(model, config, out_dir, device, dataclasses.asdict(config.model))
         self.lmbdas = interpolated_lmbdas(config.model).to(self.device)
+        torch.manual_seed(self.seed)  # noise that no other rank draws
         self._maps = torch.Generator().manual_seed(self.seed)
         self._evaluation = eval_crops(config.data) if config.data.evaluation and self.rank == 0 else None
 
     def batches(self) -> Iterator[Tensor]:
         """Random crops."""
+        return self._crops(self.seed)
+
+    def _crops(self, seed: int) -> Iterator[Tensor]:
         config, data = self.config, self.config.data
-        return crop_loader(list(data.train), config.crop_px, config.batch_size, self.seed, data.num_workers)
+        return crop_loader(list(data.train), config.crop_px, config.batch_size, seed, data.num_workers)
 
     def losses(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Rate and distortion at random qualities."""
@@ -86,13 +90,17 @@ class CodecTrainer(Trainer[CodecModel, Tensor]):
         return results
 
     def fitted_tables(self) -> Tables:
-        """CDF tables of the symbols that the averaged model makes of training crops at random qualities."""
+        """CDF tables of the symbols that the averaged model makes of training crops at random qualities.
+
+        However often a run was resumed, its weights give the same tables, which are part of a model's identity.
+        """
         side, num_batches = self.config.crop_px // LATENT_STRIDE, -(-self.config.table_crops // self.config.batch_size)
         width = 2 * COUNTED_MAX + 1
         counts = np.zeros(2 * NUM_SCALES * width, dtype=np.int64)
+        maps = torch.Generator().manual_seed(self.config.seed)
         self.ema.freeze()
-        for batch in itertools.islice(self.batches(), num_batches):
-            q = random_quality_maps(len(batch), side, side, self.model.num_q, self._maps).to(self.device)
+        for batch in itertools.islice(self._crops(self.config.seed), num_batches):
+            q = random_quality_maps(len(batch), side, side, self.model.num_q, maps).to(self.device)
             latents = self.ema.compress(batch.to(self.device), q)
             z_rows = self.ema.z_indexes()[self.ema.z_levels(q)].permute(0, 3, 1, 2) + Z_ROWS
             for symbols, rows in ((latents.symbols, latents.indexes.long()), (latents.z, z_rows)):
@@ -109,8 +117,8 @@ class CodecTrainer(Trainer[CodecModel, Tensor]):
         while sum(map(len, patches)) < _KLT_PATCHES:
             blocks = F.pixel_unshuffle(next(loader).float() / 255, LATENT_STRIDE)
             patches.append(blocks.permute(0, 2, 3, 1).flatten(0, 2))
-        for model in (self.model, self.ema):
-            model.init_from_patches(torch.cat(patches).to(self.device))
+        self.model.init_from_patches(torch.cat(patches).to(self.device))
+        self.ema.load_state_dict(self.model.state_dict())
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The linear paths learn slowly."""

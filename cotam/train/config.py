@@ -90,8 +90,9 @@ class CodecTrainConfig(Schedule):
         super().__post_init__()
         if self.optimizer not in ("adamw", "soap"):
             raise ValueError(f"optimizer must be adamw or soap, not {self.optimizer!r}")
-        if self.crop_px % 64 or self.crop_px <= 0:
-            raise ValueError(f"crop_px must be a positive multiple of 64, not {self.crop_px}")
+        for name, side in (("crop_px", self.crop_px), ("data.eval_crop_px", self.data.eval_crop_px)):
+            if side % 64 or side <= 0:
+                raise ValueError(f"{name} must be a positive multiple of 64, not {side}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

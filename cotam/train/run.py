@@ -53,7 +53,9 @@ def train_codec(config: CodecTrainConfig, out: Path, device: str | None = None, 
         trainer = CodecTrainer(config, out, chosen, start)
         model = _run(trainer, out)
         if trainer.rank == 0:
-            weights.write_bytes(dump_codec(model, trainer.fitted_tables()))
+            partial = weights.with_suffix(".partial")
+            partial.write_bytes(dump_codec(model, trainer.fitted_tables()))
+            partial.replace(weights)
             (out / "codec.md").write_text(model_card("A CoTAM codec", config, out, weights))
             _say_exported(weights)
     return weights

@@ -187,7 +187,7 @@ class Trainer(ABC, Generic[M, B]):
         partial.replace(self.out_dir / CHECKPOINT)
 
     def _load(self, path: Path) -> None:
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)  # what belongs on the device is copied there
         if state["config"] != self._identity:
             raise ValueError(f"{path} holds a model of another shape or version; choose another output folder")
         kinds = state["kinds"]

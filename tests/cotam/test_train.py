@@ -74,6 +74,8 @@ def test_a_run_resumes_and_exports_a_codec(
     importance = np.linspace(0, 1, 30).reshape(5, 6)
     assert codec.decode(codec.encode(image, importance=importance)).shape == image.shape
     assert codec.sha256 in (out / "codec.md").read_text()
+    before = weights.read_bytes()
+    assert train_codec(longer, out, "cpu").read_bytes() == before  # bitstreams name the model that wrote them
 
     further = dataclasses.replace(config, max_steps=5)
     train_codec(further, tmp_path / "further", "cpu", init=str(weights))
@@ -139,7 +141,10 @@ def test_config_file_errors_name_the_key(tmp_path: Path, codec: Codec) -> None:
     with pytest.raises(ValueError, match=r"config.yaml.model: unknown key 'depth'"):
         load_yaml(CodecTrainConfig, file)
     file.write_text("crop_px: 100\n")
-    with pytest.raises(ValueError, match="multiple of 64"):
+    with pytest.raises(ValueError, match=r"crop_px .* multiple of 64"):
+        load_yaml(CodecTrainConfig, file)
+    file.write_text("data: {eval_crop_px: 100}\n")
+    with pytest.raises(ValueError, match=r"data.eval_crop_px .* multiple of 64"):
         load_yaml(CodecTrainConfig, file)
     for levels in ("[4, 8]", "[8, 8, 8, 8, 8, 8, 8, 6]", "[8, 8, 8, 8, 8, 8, 8, 66]", "[7, 8, 8, 8, 8, 8, 8, 8]"):
         file.write_text(f"model: {{M: 64, M_levels: {levels}}}\n")
