@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import glob
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import PurePosixPath
 
 import braceexpand
+import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
@@ -19,11 +21,14 @@ from cotam.store.tars import IMAGE_EXTENSIONS
 
 FILES_PER_PARTITION = 500
 _LIST_ONCE = 16
+_FOOTERS_AT_A_TIME = 32
 PARQUET_PARTITION_BYTES = 128 * 2**20
 # Images that tars name otherwise, or that are not read: each of those becomes a reject instead of being passed over.
 _OTHER_EXTENSIONS = ("jpe", "pgm", "pnm", "pbm", "heic", "heif", "jp2", "jxl")
 # Folders in which other programs keep their books. Names of cameras' images start with "_", too.
 _BOOKS = ("_temporary", "_delta_log", "_spark_metadata")
+
+_Footer = Future[pq.FileMetaData]
 
 
 class SourceError(ValueError):
@@ -74,9 +79,9 @@ def _find_partitions(source: str, wanted_image_column: str | None) -> Iterator[P
             except FileNotFoundError:
                 raise SourceError(f"{pattern} does not exist") from None
         found = False
-        for file in files:
+        for file, footer in _with_footers(fs, files):
             found = True
-            yield from _list_file(fs, file, wanted_image_column)
+            yield from _list_file(fs, file, footer, wanted_image_column)
         if not found:
             raise SourceError(f"no file matches {pattern}")
 
@@ -108,7 +113,7 @@ def _list_folder(fs: AbstractFileSystem, path: str, uri: str, wanted: str | None
     stores: set[str] = set()  # folders below this one that hold the output of a job
     images: list[tuple[str, int, str]] = []
     num_images = 0
-    for file in find_files(fs, path):
+    for file, footer in _with_footers(fs, find_files(fs, path)):
         name = _relative(file.name, path)
         folders = name.split("/")[:-1]
         if "_cotam" in folders:  # sorted before what belongs to it
@@ -119,7 +124,7 @@ def _list_folder(fs: AbstractFileSystem, path: str, uri: str, wanted: str | None
             continue
         if name.lower().endswith((*TAR_SUFFIXES, ".parquet")):
             found = True
-            yield from _list_file(fs, file, wanted)
+            yield from _list_file(fs, file, footer, wanted)
         elif name.lower().rsplit(".", 1)[-1] in (*IMAGE_EXTENSIONS, *_OTHER_EXTENSIONS):
             images.append((name, file.num_bytes, file.version))
             num_images += 1
@@ -152,11 +157,29 @@ def _image_partition(
     )
 
 
-def _list_file(fs: AbstractFileSystem, file: File, wanted: str | None) -> Iterator[Partition]:
+def _with_footers(fs: AbstractFileSystem, files: Iterable[File]) -> Iterator[tuple[File, _Footer | None]]:
+    """Files in order, with what Parquet files say of themselves; on an object store that is a request or two each."""
+    with ThreadPoolExecutor(_FOOTERS_AT_A_TIME, thread_name_prefix="cotam-footers") as executor:
+        ahead: deque[tuple[File, _Footer | None]] = deque()
+        try:
+            for file in files:
+                is_parquet = file.name.lower().endswith(".parquet")
+                ahead.append((file, executor.submit(parquet_metadata, _uri(fs, file.name)) if is_parquet else None))
+                if len(ahead) > _FOOTERS_AT_A_TIME:
+                    yield ahead.popleft()
+            while ahead:
+                yield ahead.popleft()
+        finally:
+            for _, footer in ahead:
+                if footer is not None:
+                    footer.cancel()
+
+
+def _list_file(fs: AbstractFileSystem, file: File, footer: _Footer | None, wanted: str | None) -> Iterator[Partition]:
     name = PurePosixPath(file.name).name
     source = _uri(fs, file.name)
-    if name.lower().endswith(".parquet"):
-        yield from _list_parquet(file, source, wanted)
+    if footer is not None:
+        yield from _list_parquet(file, source, footer, wanted)
     elif name.lower().endswith(TAR_SUFFIXES):
         stem, identity = name[: name.lower().rindex(".t")], [(source, file.num_bytes, file.version)]
         yield Partition(partition_id=partition_id(stem, identity), kind="tar", source=source, num_bytes=file.num_bytes)
@@ -164,7 +187,7 @@ def _list_file(fs: AbstractFileSystem, file: File, wanted: str | None) -> Iterat
         raise SourceError(f"{source} is neither a tar nor a Parquet file nor a folder")
 
 
-def _list_parquet(file: File, source: str, wanted: str | None) -> Iterator[Partition]:
+def _list_parquet(file: File, source: str, footer: _Footer, wanted: str | None) -> Iterator[Partition]:
     def partition(groups: tuple[int, int], column: str, num_bytes: int, problem: str = "") -> Partition:
         identity = [(source, file.num_bytes, file.version, *groups, column)]
         return Partition(
@@ -178,7 +201,7 @@ def _list_parquet(file: File, source: str, wanted: str | None) -> Iterator[Parti
         )
 
     try:
-        metadata = parquet_metadata(source)
+        metadata = footer.result()
         column = image_column(metadata.schema.to_arrow_schema(), wanted)
     except ValueError as error:
         yield partition((0, 0), wanted or "", file.num_bytes, str(error))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cotam.store.readers import read_partition
+from cotam.store.readers import parquet_metadata, read_partition
 from cotam.store.records import RunStore
 from pipelines import sources
 from pipelines.sources import SourceError, list_partitions
@@ -93,6 +94,23 @@ def test_parquet_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sources, "PARQUET_PARTITION_BYTES", 1)
     pq.write_table(pa.table({"image": [b"x"] * 6}), tmp_path / "in.parquet", row_group_size=2)
     assert [p.row_groups for p in list_partitions(str(tmp_path))] == [(0, 1), (1, 2), (2, 3)]
+
+
+def test_footers_are_read_many_at_a_time_and_partitions_stay_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an object store, where each takes a round trip or two."""
+    for k in range(64):
+        pq.write_table(pa.table({"image": [b"x"]}), tmp_path / f"{k:02d}.parquet")
+
+    def slow(source: str) -> pq.FileMetaData:
+        time.sleep(0.1)
+        return parquet_metadata(source)
+
+    monkeypatch.setattr(sources, "parquet_metadata", slow)
+    started = time.monotonic()
+    found = [p.source for p in list_partitions(str(tmp_path))]
+    assert time.monotonic() - started < 3 and found == [f"{tmp_path}/{k:02d}.parquet" for k in range(64)]
 
 
 @pytest.mark.parametrize(
