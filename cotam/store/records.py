@@ -165,7 +165,11 @@ class RunStore:
         failed = self._ids("failed")
         if len(failed):
             failed = difference(failed, self.completed_ids())
-        return [_failure(self.root.read_json(f"_cotam/failed/{name}.json"), name) for name in each(in_order(failed))]
+        found = []
+        for name in each(in_order(failed)):
+            with contextlib.suppress(FileNotFoundError):  # a job beside this one has finished it meanwhile
+                found.append(_failure(self.root.read_json(f"_cotam/failed/{name}.json"), name))
+        return found
 
     def forget_attempts(self, pending: pa.ChunkedArray) -> None:
         """A new run gives the partitions in ``pending`` their attempts again; what others left half done is removed.

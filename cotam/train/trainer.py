@@ -51,7 +51,7 @@ class Trainer(ABC, Generic[M, B]):
         seed: of what is drawn from here on; another one for every restart and rank.
 
     Raises:
-        ValueError: the checkpoint is of another shape, or of another optimizer.
+        ValueError: the checkpoint is of another shape or optimizer, or some ranks do not see it.
     """
 
     def __init__(self, model: M, schedule: Schedule, out_dir: Path, device: str, identity: Any) -> None:
@@ -66,6 +66,11 @@ class Trainer(ABC, Generic[M, B]):
         self._optimizers = _make_optimizers(groups, schedule)
         checkpoint = out_dir / CHECKPOINT
         self.resumed = checkpoint.exists()
+        if dist.is_initialized():
+            ranks = torch.tensor(float(self.resumed), device=self.device)
+            dist.all_reduce(ranks)
+            if ranks not in (0, dist.get_world_size()):
+                raise ValueError(f"{checkpoint} is not on every machine: choose a folder that all of them share")
         if self.resumed:
             self._load(checkpoint)
         self.bf16 = computes_in_bfloat16(self.device) if schedule.bf16 == "auto" else bool(schedule.bf16)
