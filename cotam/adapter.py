@@ -103,11 +103,11 @@ def load_adapter(name_or_path_or_uri: str) -> LoadedAdapter:
     return LoadedAdapter(model.eval().requires_grad_(False), hashlib.sha256(data).hexdigest())
 
 
-def check_fit(adapter: Adapter, codec_sha256: str, tower: nn.Module) -> None:
+def check_fit(adapter: Adapter, codec_sha256: str, tower_sha256: str) -> None:
     """Raises ValueError where the adapter was trained for another codec or tower."""
     for part, expected, actual in (
         ("codec", adapter.config.codec_sha256, codec_sha256),
-        ("image tower", adapter.config.tower_sha256, tower_sha256(tower)),
+        ("image tower", adapter.config.tower_sha256, tower_sha256),
     ):
         if expected and expected != actual:
             raise ValueError(f"the adapter was trained for {part} {expected[:8]}, this one is {actual[:8]}")

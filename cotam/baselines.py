@@ -13,6 +13,7 @@ from cotam.metrics import psnr_rgb
 
 # Each codec's fullest effort that is still a common default; 4:2:0 as people store photographs.
 BASELINES = ("jpeg", "webp", "avif")
+MAX_SIDES_PX = {"jpeg": 65500, "webp": 16383, "avif": 32768}
 _OPTIONS: dict[str, dict[str, object]] = {
     "jpeg": {"optimize": True},
     "webp": {"method": 4},

@@ -91,11 +91,11 @@ def encode_stream(
     ):
         read = prefetch(times.iterate("read", samples), 4)
         decoded = ordered_map(decoders, lambda s: _decode_sample(s, codec, times), read, 2 * num_threads)
-        batches = _batches(decoded, lambda d: num_computed_pixels(d.pixels.shape[1], d.pixels.shape[0]))
+        runs = batches(decoded, lambda d: num_computed_pixels(d.pixels.shape[1], d.pixels.shape[0]))
         if steering is not None:
-            batches = prefetch(_estimate(batches, steering.source, times), 1)
+            runs = prefetch(_estimate(runs, steering.source, times), 1)
         strength, keep_map = (steering.strength, steering.keep_map) if steering is not None else (0.0, False)
-        compressed = prefetch(_compress(batches, codec, quality, strength, times), num_threads)
+        compressed = prefetch(_compress(runs, codec, quality, strength, times), num_threads)
         yield from ordered_map(coders, lambda c: _pack(c, codec, keep_map, times), compressed, 2 * num_threads)
 
 
@@ -110,8 +110,8 @@ def decode_stream(
     times = times or StageTimes()
     with ThreadPoolExecutor(num_threads, thread_name_prefix="cotam-rans") as coders:
         checked = (_check_row(row, codec) for row in times.iterate("read", rows))
-        batches = _batches(prefetch(checked, 2 * _BATCH_IMAGES), lambda r: num_computed_pixels(r.width, r.height))
-        decoded = (item for batch in batches for item in _decode_rows(batch, codec, coders, with_latents, times))
+        runs = batches(prefetch(checked, 2 * _BATCH_IMAGES), lambda r: num_computed_pixels(r.width, r.height))
+        decoded = (item for batch in runs for item in _decode_rows(batch, codec, coders, with_latents, times))
         yield from prefetch(decoded, num_threads)
 
 
@@ -171,13 +171,18 @@ def ordered_map(
             future.cancel()
 
 
-def _batches(items: Iterable[A | Reject], num_pixels: Callable[[A], int]) -> Iterator[list[A | Reject]]:
+def batches(
+    items: Iterable[A | Reject],
+    num_pixels: Callable[[A], int],
+    max_images: int = _BATCH_IMAGES,
+    max_pixels: int = _BATCH_PIXELS,
+) -> Iterator[list[A | Reject]]:
     """Runs of items of bounded number and pixels."""
     batch: list[A | Reject] = []
     pixels = 0
     for item in items:
         size = 0 if isinstance(item, Reject) else num_pixels(item)
-        if batch and (pixels + size > _BATCH_PIXELS or len(batch) == _BATCH_IMAGES):
+        if batch and (pixels + size > max_pixels or len(batch) == max_images):
             yield batch
             batch, pixels = [], 0
         batch.append(item)

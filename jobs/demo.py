@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import tarfile
 import time
@@ -17,6 +18,7 @@ from jobs.options import Model
 
 _QUALITIES = (4.0, 5.0, 6.0)
 _SHOWN_QUALITY = 5.0
+_MADE_HERE = re.compile(r"corpus|encoded-q[\d.]+|decoded|backgrounds|scenes(-encoded|-answers|-sweep)?|report\.html")
 _NUM_SCENES = 60
 _SCENE_QUALITY = 3.0
 # Photographs in scikit-image and scikit-learn, with the captions of the demo's corpus.
@@ -45,8 +47,8 @@ def demo(
     from cotam.report.photographs import photograph_parts
 
     started = time.monotonic()
-    if out.exists() and any(out.iterdir()) and not (out / "corpus").is_dir():
-        raise ValueError(f"{out} is not empty and not the output of an earlier demo; choose another folder")
+    if out.exists() and not all(_MADE_HERE.fullmatch(path.name) for path in out.iterdir()):
+        raise ValueError(f"{out} holds more than the output of an earlier demo; choose another folder")
     shutil.rmtree(out, ignore_errors=True)
     _encode_photographs(out, model)
     scenes = _ask_about_scenes(out, model)

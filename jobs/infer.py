@@ -12,15 +12,18 @@ from cotam.tasks.scores import SCORES
 from jobs.options import (
     Adapter,
     Autoscale,
+    BatchSize,
     CpusPerWorker,
     GpusPerWorker,
     Input,
     Json,
+    MaxNewTokens,
     Mllm,
     NumWorkers,
     Prompt,
     Quiet,
     RayAddress,
+    ServedModel,
     Task,
 )
 from jobs.storage import StorageOptions
@@ -35,9 +38,9 @@ def infer(
     adapter: Adapter = "cotam-adapter-tiny",
     metric: Annotated[str, typer.Option(help=f"Score of an answer: {', '.join(SCORES)}.")] = "exact_match",
     prompt: Prompt = "{question}",
-    served_model: Annotated[str, typer.Option(help="The model's name at an endpoint.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(help="Length of an answer.", min=1)] = 16,
-    batch_size: Annotated[int, typer.Option(help="Images at a time; requests at a time at an endpoint.", min=1)] = 8,
+    served_model: ServedModel = "",
+    max_new_tokens: MaxNewTokens = 16,
+    batch_size: BatchSize = 8,
     image_column: Annotated[str | None, typer.Option(help="Image column of Parquet input.")] = None,
     num_workers: NumWorkers = 0,
     autoscale: Autoscale = False,
@@ -52,7 +55,7 @@ def infer(
     from cotam.mllm.backend import MllmConfig
     from cotam.mllm.identity import check_mllm
     from cotam.store.records import RunStore
-    from cotam.tasks.questions import QuestionSource
+    from cotam.tasks.questions import QuestionSource, task_sha256
     from cotam.tasks.results import read_predictions, summarise
     from jobs.console import print_json
     from jobs.run import run_job
@@ -77,7 +80,8 @@ def infer(
         if input_kind == "tokens":
             raise typer.BadParameter("--input tokens needs the output of `cotam encode` as SRC")
     config = InferConfig(
-        task=task, metric=metric, mllm=asked, image_column=image_column, **check_mllm(asked),
+        task=task, task_sha256=task_sha256(task), metric=metric, mllm=asked, image_column=image_column,
+        **check_mllm(asked),
         **{k: made_with[k] for k in ("model", "model_sha256", "max_pixels") if k in made_with},
     )  # fmt: skip
     store = RunStore(dst)

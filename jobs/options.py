@@ -50,6 +50,9 @@ Task = Annotated[
     ),
 ]
 Prompt = Annotated[str, typer.Option(help="What is asked, with {question} in it.")]
+ServedModel = Annotated[str, typer.Option(help="The model's name at an endpoint.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Length of an answer.", min=1)]
+BatchSize = Annotated[int, typer.Option(help="Images at a time; requests at a time at an endpoint.", min=1)]
 Clip = Annotated[
     str,
     typer.Option(

@@ -13,17 +13,21 @@ from cotam.tasks.scores import SCORES
 from jobs.options import (
     Adapter,
     Autoscale,
+    BatchSize,
     Clip,
     CpusPerWorker,
     GpusPerWorker,
     Json,
     Layer,
+    MaxNewTokens,
     Mllm,
     Model,
     NumWorkers,
+    Prompt,
     Queries,
     Quiet,
     RayAddress,
+    ServedModel,
     Task,
 )
 from jobs.storage import StorageOptions
@@ -43,6 +47,10 @@ def sweep(
     codecs: Annotated[str, typer.Option(help="Codecs to compare with; empty for none.")] = _DEFAULT_BASELINES,
     codec_qualities: Annotated[str, typer.Option(help="Their qualities.")] = "1,5,15,35,60",
     mllm: Mllm = "cotam-vlm-tiny",
+    prompt: Prompt = "{question}",
+    served_model: ServedModel = "",
+    max_new_tokens: MaxNewTokens = 16,
+    batch_size: BatchSize = 8,
     adapter: Adapter = "cotam-adapter-tiny",
     model: Model = "cotam-base",
     clip: Clip = Attention.clip,
@@ -59,12 +67,13 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Encode, decode and ask at many operating points; writes curves, savings at equal accuracy, and a report."""
+    from cotam.importance.tower import AttentionTower
     from cotam.mllm.backend import MllmConfig
     from cotam.mllm.identity import check_mllm
     from cotam.report.page import page
     from cotam.report.sweep import results_of, sweep_parts
     from cotam.store.records import RunStore
-    from cotam.tasks.questions import QuestionSource
+    from cotam.tasks.questions import QuestionSource, task_sha256
     from cotam.weights import parse_codec, read_weights
     from jobs.console import print_json, say
     from jobs.run import run_job
@@ -78,12 +87,17 @@ def sweep(
         for strength in _numbers(strengths):
             points += [Point(codec="cotam", quality=quality, strength=strength, input=name) for name in inputs_used]
     points += [Point(codec=codec, quality=q) for codec in _names(codecs) for q in _numbers(codec_qualities)]
-    asked = MllmConfig(name=mllm, adapter=adapter if "tokens" in inputs_used else "")
+    asked = MllmConfig(
+        name=mllm, served_model=served_model, prompt=prompt, max_new_tokens=max_new_tokens, batch_size=batch_size,
+        adapter=adapter if "tokens" in inputs_used else "",
+    )  # fmt: skip
     QuestionSource(task)
+    attention = Attention(clip=clip, layer=layer, queries=queries)
+    is_guided = any(point.strength for point in points)
     config = SweepConfig(
-        points=tuple(points), task=task, metric=metric, mllm=asked, **check_mllm(asked), model=model,
-        model_sha256=parse_codec(read_weights(model), model).sha256, 
-        attention=Attention(clip=clip, layer=layer, queries=queries),
+        points=tuple(points), task=task, task_sha256=task_sha256(task), metric=metric, mllm=asked, **check_mllm(asked),
+        model=model, model_sha256=parse_codec(read_weights(model), model).sha256, attention=attention,
+        clip_sha256=AttentionTower.load(attention).fingerprint() if is_guided else None,
     )  # fmt: skip
     partitions = list_partitions(src, None)
     store = RunStore(dst)
@@ -95,11 +109,15 @@ def sweep(
             num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker,
             autoscale=autoscale,
         )  # fmt: skip
-        run_job(make_task, partitions, store, resources, ray_address, as_json, quiet=quiet, with_summary=False)
-        ids = {p.partition_id for p in partitions}
-        results = results_of(store, [r.data for r in store.completions() if r.partition_id in ids], metric)
-        store.root.write_json("results.json", results)
-        store.root.write("report.html", page("CoTAM sweep", sweep_parts(results)).encode())
+        try:
+            run_job(make_task, partitions, store, resources, ray_address, as_json, quiet=quiet, with_summary=False)
+        finally:
+            ids = {p.partition_id for p in partitions}
+            done = [record.data for record in store.completions() if record.partition_id in ids]
+            if done:
+                results = results_of(store, done, metric)
+                store.root.write_json("results.json", results)
+                store.root.write("report.html", page("CoTAM sweep", sweep_parts(results)).encode())
     if as_json:
         print_json(results)
         return

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from cotam.codec import Codec
 from cotam.image import MAX_PIXELS, encode_image
 from cotam.stage_times import StageTimes
 from cotam.store.fs import Root
@@ -25,6 +24,7 @@ from cotam.store.schema import Reject, Row
 from cotam.store.shard import RejectWriter, file_sha256, read_rows
 from cotam.stream import DecodedRow, decode_stream, ordered_map
 from pipelines.counter import Counter, Report
+from pipelines.pinned import load_codec
 
 FORMATS = ("png", "jpg", "webdataset")
 _MAX_NAME_BYTES = 200  # file systems take 255, of which a temporary name needs some
@@ -91,7 +91,7 @@ class DecodeTask:
     def __init__(self, config: DecodeConfig, device: str, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
         self._config, self._num_threads = config, num_threads
-        self._codec = Codec.load(config.model, device, config.max_pixels)
+        self._codec = load_codec(config.model, config.model_sha256, device, config.max_pixels)
 
     def process(self, partition: Partition, store: RunStore, report: Report) -> Completion:
         """Decode one shard; publishes its images and rejects. Errors as ``PartitionTask.process``."""

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from cotam.codec import Codec
 from cotam.image import MAX_PIXELS
 from cotam.importance import DEFAULT_STRENGTH, Attention
 from cotam.importance.source import from_member
@@ -20,6 +19,7 @@ from cotam.store.schema import SCHEMA_VERSION, Row
 from cotam.store.shard import RejectWriter, ShardWriter
 from cotam.stream import Steering, encode_stream
 from pipelines.counter import Counter, Report
+from pipelines.pinned import load_codec
 from pipelines.publish import publish_shard
 
 
@@ -75,10 +75,8 @@ class EncodeTask:
     def __init__(self, config: EncodeConfig, config_hash: str, device: str, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
         self._config, self._config_hash, self._num_threads = config, config_hash, num_threads
-        self._codec = Codec.load(config.model, device, config.max_pixels)
+        self._codec = load_codec(config.model, config.model_sha256, device, config.max_pixels)
         self._steering = _steering(config, device)
-        if config.model_sha256 and self._codec.sha256 != config.model_sha256:
-            raise ValueError(f"{config.model} differs from the weights that this run started with")
 
     def process(self, partition: Partition, store: RunStore, report: Report) -> Completion:
         """Encode one partition; publishes rejects, then the shard. Errors as ``PartitionTask.process``."""

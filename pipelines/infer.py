@@ -6,7 +6,6 @@ import dataclasses
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,6 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from cotam.codec import Codec
 from cotam.image import MAX_PIXELS, ImageError, RGBImage, decode_image
 from cotam.mllm.backend import Asked, Mllm, MllmConfig, MllmError, load_mllm
 from cotam.stage_times import StageTimes
@@ -25,12 +23,15 @@ from cotam.store.readers import read_partition
 from cotam.store.records import Completion, RunStore
 from cotam.store.schema import Reject, Sample
 from cotam.store.shard import RejectWriter, read_rows
-from cotam.stream import decode_stream, ordered_map, prefetch
+from cotam.stream import batches, decode_stream, ordered_map, prefetch
 from cotam.tasks.questions import Question, QuestionSource
 from cotam.tasks.results import PREDICTION_SCHEMA
 from cotam.tasks.scores import SCORES
 from pipelines.counter import Counter, Report
+from pipelines.pinned import load_codec
 from pipelines.publish import publish_shard
+
+_BATCH_PIXELS = 2**26  # of images that the MLLM is asked about at once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,7 @@ class InferConfig:
         model, model_sha256: of the codec; empty where the source is images as they are.
         max_pixels: larger images are rejects.
         image_column: of Parquet files, where it was named.
+        task_sha256: of the question file, if it is one.
     """
 
     task: str
@@ -57,6 +59,7 @@ class InferConfig:
     model_sha256: str = ""
     max_pixels: int = MAX_PIXELS
     image_column: str | None = None
+    task_sha256: str | None = None
 
     def __post_init__(self) -> None:
         if self.metric not in SCORES:
@@ -96,7 +99,9 @@ class InferTask:
     def __init__(self, config: InferConfig, device: str, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
         self._config, self._num_threads = config, num_threads
-        self._codec = Codec.load(config.model, device, config.max_pixels) if config.model else None
+        self._codec = None
+        if config.model:
+            self._codec = load_codec(config.model, config.model_sha256, device, config.max_pixels)
         self._questions = QuestionSource(config.task)
         self._mllm = load_mllm(config.mllm, device, config.model_sha256)
 
@@ -104,11 +109,12 @@ class InferTask:
         """Ask about one partition; publishes rejects, then predictions. Errors as ``PartitionTask.process``."""
         counts = Counter(self.command, partition, report)
         times = counts.times
-        views = prefetch(self._views(partition, times), 2 * self._config.mllm.batch_size)
+        views = prefetch(self._views(partition, times), 2 * self._num_threads)
+        runs = batches(views, lambda view: view.pixels.size // 3, self._config.mllm.batch_size, _BATCH_PIXELS)
         with tempfile.TemporaryDirectory(prefix="cotam-") as folder:
             path, bad = Path(folder) / "predictions.parquet", Path(folder) / "rejects.parquet"
             with pq.ParquetWriter(path, PREDICTION_SCHEMA, compression="ZSTD") as writer, RejectWriter(bad) as rejects:
-                while batch := list(islice(views, self._config.mllm.batch_size)):
+                for batch in runs:
                     asked: list[tuple[View, list[Question]]] = []
                     for view in batch:
                         item = with_questions(view, self._questions) if isinstance(view, View) else view

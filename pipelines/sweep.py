@@ -6,7 +6,6 @@ import dataclasses
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from cotam.baselines import BASELINES, transcode
-from cotam.codec import Codec
+from cotam.baselines import BASELINES, MAX_SIDES_PX, transcode
 from cotam.image import MAX_PIXELS
 from cotam.importance import Attention
 from cotam.importance.estimate import ImportanceEstimator
@@ -29,15 +27,18 @@ from cotam.store.readers import read_partition
 from cotam.store.records import Completion, RunStore
 from cotam.store.schema import Reject
 from cotam.store.shard import RejectWriter
+from cotam.stream import batches
 from cotam.tasks.questions import Question, QuestionSource
 from cotam.tasks.results import PREDICTION_SCHEMA
 from cotam.tasks.scores import SCORES
 from pipelines.counter import Counter, Report
 from pipelines.infer import View, ask, read_views, with_questions
+from pipelines.pinned import load_codec
 from pipelines.publish import publish_shard
 
 ORIGINAL = "original"
 _CHUNK_IMAGES = 16
+_CHUNK_PIXELS = 2**25  # of their originals, of which there is a decoded copy, too
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,8 @@ class SweepConfig:
         model, model_sha256: the codec.
         attention: whose is the importance.
         max_pixels: larger images are rejects.
+        task_sha256: of the question file, if it is one.
+        clip_sha256: the fingerprint of the importance's tower, where a point has one.
     """
 
     points: tuple[Point, ...]
@@ -81,6 +84,8 @@ class SweepConfig:
     model_sha256: str = ""
     attention: Attention = dataclasses.field(default_factory=Attention)
     max_pixels: int = MAX_PIXELS
+    task_sha256: str | None = None
+    clip_sha256: str | None = None
 
     def __post_init__(self) -> None:
         if self.metric not in SCORES:
@@ -116,7 +121,7 @@ class SweepTask:
     def __init__(self, config: SweepConfig, device: str, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
         self._config, self._num_threads = config, num_threads
-        self._codec = Codec.load(config.model, device, config.max_pixels)
+        self._codec = load_codec(config.model, config.model_sha256, device, config.max_pixels)
         self._questions = QuestionSource(config.task)
         inputs = {point.input for point in config.points}
         plain = dataclasses.replace(config.mllm, adapter="")
@@ -124,7 +129,10 @@ class SweepTask:
         self._mllms = {name: load_mllm(chosen[name], device, self._codec.sha256) for name in sorted(inputs)}
         self._estimator = None
         if any(point.strength for point in config.points):
-            self._estimator = ImportanceEstimator(AttentionTower.load(config.attention), device)
+            tower = AttentionTower.load(config.attention)
+            if config.clip_sha256 and tower.fingerprint() != config.clip_sha256:
+                raise ValueError(f"{config.attention.clip} differs from the weights that this run started with")
+            self._estimator = ImportanceEstimator(tower, device)
 
     def process(self, partition: Partition, store: RunStore, report: Report) -> Completion:
         """Measure one partition; publishes rejects, then rows. Errors as ``PartitionTask.process``."""
@@ -134,9 +142,10 @@ class SweepTask:
         with tempfile.TemporaryDirectory(prefix="cotam-") as folder:
             path, bad = Path(folder) / "rows.parquet", Path(folder) / "rejects.parquet"
             with pq.ParquetWriter(path, SWEEP_SCHEMA, compression="ZSTD") as writer, RejectWriter(bad) as rejects:
-                while chunk := list(islice(views, _CHUNK_IMAGES)):
+                for chunk in batches(views, lambda view: view.pixels.size // 3, _CHUNK_IMAGES, _CHUNK_PIXELS):
                     asked: list[tuple[View, list[Question]]] = []
                     for view in chunk:
+                        view = self._that_fits(view)
                         item = with_questions(view, self._questions) if isinstance(view, View) else view
                         if isinstance(item, Reject):
                             rejects.write(item)
@@ -148,6 +157,16 @@ class SweepTask:
                     for view, _ in asked:
                         counts.image(view.pixels.size // 3, view.source_num_bytes, view.num_bytes)
             return publish_shard(store, partition, path, rejects, counts)
+
+    def _that_fits(self, view: View | Reject) -> View | Reject:
+        """A view, or a reject where a codec that it is compared with takes no image of its size."""
+        if isinstance(view, View):
+            height, width = view.pixels.shape[:2]
+            for codec in {point.codec for point in self._config.points if point.codec in BASELINES}:
+                if max(height, width) > MAX_SIDES_PX[codec]:
+                    error = f"{width}x{height} pixels, over {codec}'s limit of {MAX_SIDES_PX[codec]} a side"
+                    return Reject(key=view.key, source=view.source, stage="encode", error=error, image=None)
+        return view
 
     def _measure(self, asked: list[tuple[View, list[Question]]], times: StageTimes) -> Iterator[pa.Table]:
         views, questions = zip(*asked, strict=True)

@@ -63,6 +63,10 @@ class MllmConfig:
         if "{question}" not in self.prompt:
             raise ValueError("the prompt has no {question} in it")
 
+    def asked(self, question: str) -> str:
+        """The prompt with a question in it; other braces are text."""
+        return self.prompt.replace("{question}", question)
+
 
 def load_mllm(config: MllmConfig, device: str = "cpu", codec_sha256: str = "") -> Mllm:
     """The MLLM of ``config``; ``codec_sha256`` is of the codec whose latents come, for an adapter.

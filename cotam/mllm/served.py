@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
+from openai.types.chat import ChatCompletion
 
 from cotam.image import RGBImage, encode_image
 from cotam.mllm.backend import Asked, MllmConfig, MllmError
@@ -27,9 +28,10 @@ class ServedMllm:
         if not config.served_model:
             raise ValueError(f"name the model that {config.name} serves with --served-model")
         self.config = config
+        self._key = os.environ.get("OPENAI_API_KEY", "")
         self._client = openai.OpenAI(
             base_url=config.name,
-            api_key=os.environ.get("OPENAI_API_KEY", "none"),
+            api_key=self._key or "none",
             max_retries=_RETRIES,
             timeout=_TIMEOUT_S,
         )
@@ -50,7 +52,7 @@ class ServedMllm:
     def _ask(self, url: str, question: str) -> str | MllmError:
         content = [
             {"type": "image_url", "image_url": {"url": url}},
-            {"type": "text", "text": self.config.prompt.format(question=question)},
+            {"type": "text", "text": self.config.asked(question)},
         ]
         try:
             response = self._client.chat.completions.create(
@@ -60,16 +62,23 @@ class ServedMllm:
                 temperature=0.0,
             )
         except (openai.BadRequestError, openai.UnprocessableEntityError, openai.ConflictError) as error:
-            return MllmError(_one_line(error))
+            return MllmError(self._one_line(error))
         except openai.APIError as error:
-            raise OSError(f"{self.config.name}: {_one_line(error)}") from None
-        text = response.choices[0].message.content if response.choices else None
+            if isinstance(error, openai.APIStatusError) and error.status_code == 413:  # of an image, not of the job
+                return MllmError(self._one_line(error))
+            raise OSError(f"{self.config.name}: {self._one_line(error)}") from None
+        if not isinstance(response, ChatCompletion):
+            raise OSError(f"{self.config.name} answers, but not as an OpenAI-compatible endpoint does")
+        choice = response.choices[0] if response.choices else None
+        text = choice.message.content if choice is not None and choice.message is not None else None
+        if not text and choice is not None and choice.finish_reason == "length":
+            return MllmError("the answer had not begun where it was cut off: raise --max-new-tokens")
         return MllmError("the endpoint sent no answer") if text is None else text.strip()
+
+    def _one_line(self, error: Exception) -> str:
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return (text.replace(self._key, "***") if self._key else text)[:300]  # some endpoints repeat the key
 
 
 def _data_url(image: RGBImage) -> str:
     return "data:image/png;base64," + base64.b64encode(encode_image(image, "PNG", compress_level=1)).decode()
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 from transformers.utils import logging
 
-from cotam.adapter import Adapter, check_fit, first_layer, load_adapter
+from cotam.adapter import Adapter, check_fit, first_layer, load_adapter, tower_sha256
 from cotam.mllm.backend import Asked, Mllm, MllmConfig, MllmError
 from cotam.weights import model_folder
 
@@ -25,21 +25,27 @@ def load_transformers(config: MllmConfig, device: str, codec_sha256: str = "") -
     logging.disable_progress_bar()
     is_hub = config.name.startswith("hf:")
     place = config.name.removeprefix("hf:") if is_hub else str(model_folder(config.name))
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
     try:
         # No code that comes with a model, and no pickle.
         processor = AutoProcessor.from_pretrained(place, local_files_only=not is_hub, trust_remote_code=False)
         model: Any = AutoModelForImageTextToText.from_pretrained(
-            place, local_files_only=not is_hub, use_safetensors=True, trust_remote_code=False, dtype=dtype
+            place, local_files_only=not is_hub, use_safetensors=True, trust_remote_code=False, dtype="auto"
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"cannot load MLLM {config.name}: {str(error).splitlines()[0]}") from error
-    model = model.to(device).eval().requires_grad_(False)
+    tower = ""
     if isinstance(model, LlavaForConditionalGeneration):
-        return LlavaMllm(config, model, processor, codec_sha256)
+        tower = tower_sha256(model.model.vision_tower)  # as it is stored: in bfloat16 it would be another
+    model = model.to(device, _dtype_on(device)).eval().requires_grad_(False)
+    if isinstance(model, LlavaForConditionalGeneration):
+        return LlavaMllm(config, model, processor, tower, codec_sha256)
     if config.adapter:
         raise ValueError(f"{config.name} has no token path, which the LLaVA family has; use --input pixels")
     return TransformersMllm(config, model, processor)
+
+
+def _dtype_on(device: str) -> torch.dtype:
+    return torch.float32 if device == "cpu" else torch.bfloat16
 
 
 class TransformersMllm:
@@ -78,13 +84,20 @@ class TransformersMllm:
 
     def _processed(self, images: list[Image.Image] | None, questions: list[str]) -> dict[str, Tensor]:
         text = [self._prompt(question) for question in questions]
-        inputs = self.processor(images=images, text=text, padding=True, return_tensors="pt")
+        # A template that has the first token already must not get another one.
+        options = {"add_special_tokens": False} if self._starts_itself(text) else {}
+        inputs = self.processor(images=images, text=text, padding=True, return_tensors="pt", **options)
         return dict(inputs.to(self.model.device, dtype=self.model.dtype))
+
+    def _starts_itself(self, prompts: list[str]) -> bool:
+        """Whether the chat template begins with the token that begins a text."""
+        first = self.processor.tokenizer.bos_token
+        return bool(first) and all(prompt.startswith(first) for prompt in prompts)
 
     def _prompt(self, question: str) -> str:
         if token := getattr(self.processor, "image_token", None):
             question = question.replace(token, " ")  # an image more than there is would fail the whole batch
-        content = [{"type": "image"}, {"type": "text", "text": self.config.prompt.format(question=question)}]
+        content = [{"type": "image"}, {"type": "text", "text": self.config.asked(question)}]
         prompt: str = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
@@ -92,22 +105,29 @@ class TransformersMllm:
 
 
 class LlavaMllm(TransformersMllm):
-    """LLaVA: visual tokens are computed once an image, whatever the number of questions, and may get an adapter's."""
+    """LLaVA: visual tokens are computed once an image, whatever the number of questions, and may get an adapter's.
 
-    def __init__(self, config: MllmConfig, model: Any, processor: Any, codec_sha256: str = "") -> None:
+    Attributes:
+        tower: the image tower. tower_sha256: of it as it is stored.
+    """
+
+    def __init__(
+        self, config: MllmConfig, model: Any, processor: Any, tower_sha256: str, codec_sha256: str = ""
+    ) -> None:
         super().__init__(config, model, processor)
-        self.tower = model.model.vision_tower
+        self.tower, self.tower_sha256 = model.model.vision_tower, tower_sha256
         self.adapter: Adapter | None = None
         if config.adapter:
             self.adapter = load_adapter(config.adapter).model.to(model.device)
-            check_fit(self.adapter, codec_sha256, self.tower)
+            check_fit(self.adapter, codec_sha256, tower_sha256)
 
     def _inputs(self, asked: Sequence[Asked], pairs: list[tuple[int, str]]) -> dict[str, Tensor]:
         used = sorted({k for k, _ in pairs})
         features = self._features([asked[k] for k in used])
         num_tokens = features.shape[1]
         text = [self._prompt(question).replace("<image>", "<image>" * num_tokens) for _, question in pairs]
-        tokens = self.processor.tokenizer(text, padding=True, return_tensors="pt", add_special_tokens=False)
+        begin = not self._starts_itself(text)
+        tokens = self.processor.tokenizer(text, padding=True, return_tensors="pt", add_special_tokens=begin)
         ids = tokens["input_ids"].to(self.model.device)
         embeddings = self.model.get_input_embeddings()(ids)
         visual = features[[used.index(k) for k, _ in pairs]].to(embeddings.dtype)

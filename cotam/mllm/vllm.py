@@ -35,6 +35,6 @@ class VllmMllm:
     def _conversation(self, item: Asked, question: str) -> list[dict[str, Any]]:
         content = [
             {"type": "image_pil", "image_pil": Image.fromarray(item.image)},
-            {"type": "text", "text": self.config.prompt.format(question=question)},
+            {"type": "text", "text": self.config.asked(question)},
         ]
         return [{"role": "user", "content": content}]

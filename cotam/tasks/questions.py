@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -54,6 +55,15 @@ class QuestionSource:
             return self._by_key.get(key, [])
         value = members.get(self._member)
         return [] if value is None else questions_of_member(key, value)
+
+
+def task_sha256(task: str) -> str | None:
+    """The sha256 of a question file; None for a task whose questions come with the samples. Raises OSError."""
+    if task == "sceneqa" or task.startswith("member:"):
+        return None
+    fs, path = split_uri(task)
+    with fs.open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_questions(uri: str) -> dict[str, list[Question]]:

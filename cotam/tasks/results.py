@@ -57,16 +57,28 @@ class _Mean:
         self._images += 1
 
     def result(self) -> dict[str, Any]:
-        """Mean and 95 % interval: the ratio estimator with images as clusters (Cochran 1977, chapter 6)."""
+        """Mean and 95 % interval: Wilson's, with the variance of the ratio estimator whose clusters are images.
+
+        Wilson 1927; Cochran 1977, chapter 6. The plain interval is a point where all answers are right.
+        """
         mean = self.total / self.num
         spread = max(0.0, self._squares - 2 * mean * self._products + mean * mean * self._counts)
-        error = math.sqrt(spread * self._images / max(1, self._images - 1)) / self.num
+        variance = spread * self._images / max(1, self._images - 1) / self.num**2
+        # So many independent questions would be as sure; where all images agree, each is one.
+        effective = mean * (1 - mean) / variance if variance > 1e-12 and 0 < mean < 1 else self._images
         return {
             "score": mean,
-            "ci95": [max(0.0, mean - _Z95 * error), min(1.0, mean + _Z95 * error)],
+            "ci95": _wilson(mean, max(1.0, effective)),
             "num_questions": self.num,
             "blind": self.blind / self.num,
         }
+
+
+def _wilson(mean: float, num: float) -> list[float]:
+    centre = mean + _Z95**2 / (2 * num)
+    width = _Z95 * math.sqrt(mean * (1 - mean) / num + _Z95**2 / (4 * num**2))
+    scale = 1 + _Z95**2 / num
+    return [max(0.0, (centre - width) / scale), min(1.0, (centre + width) / scale)]
 
 
 def summarise(rows: Iterable[Mapping[str, Any]], metric: str) -> dict[str, Any]:
@@ -100,8 +112,10 @@ def summarise(rows: Iterable[Mapping[str, Any]], metric: str) -> dict[str, Any]:
         for row in asked:
             alone = AskedQuestion(row["question"], row["type"], tuple(row["answers"]), num_images)
             asked_alone.append((alone, row["level"]))
-            if set(row["answers"]) in ({"yes"}, {"no"}):
-                binary.append((row["prediction"] or "", row["answers"][0]))
+            right = {answer.strip().lower() for answer in row["answers"]}
+            if right in ({"yes"}, {"no"}):
+                other = "no" if right == {"yes"} else "yes"
+                binary.append((row["prediction"] or other, right.pop()))  # no answer is a wrong one
     for (question, level), guess in zip(asked_alone, blind_answers([q for q, _ in asked_alone]), strict=True):
         score = SCORES[metric](guess, question.answers)
         for mean in (overall, by_type.get(question.type), by_level.get(level)):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cotam.adapter import Adapter, AdapterConfig, first_layer, tower_sha256
+from cotam.adapter import Adapter, AdapterConfig, first_layer
 from cotam.codec import Codec
 from cotam.importance.estimate import ImportanceEstimator
 from cotam.losses import TOTAL_WEIGHT, token_distance
@@ -62,7 +62,7 @@ class AdapterTrainer(Trainer[Adapter, AdapterBatch]):
             width=vision.hidden_size,
             num_heads=vision.num_attention_heads,
             codec_sha256=codec.sha256,
-            tower_sha256=tower_sha256(mllm.tower),
+            tower_sha256=mllm.tower_sha256,
         )
         self._tower: nn.Module = mllm.tower.to(device).requires_grad_(False)
         self._layer: int = mllm.model.config.vision_feature_layer

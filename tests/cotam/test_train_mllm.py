@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from cotam.adapter import Adapter, check_fit, load_adapter
+from cotam.adapter import Adapter, check_fit, load_adapter, tower_sha256
 from cotam.codec import Codec
 from cotam.importance import Attention
 from cotam.importance.estimate import ImportanceEstimator
@@ -129,17 +129,23 @@ def test_a_step_sees_the_same_scenes_whatever_the_number_of_workers() -> None:
     assert [keys(0, 0, 2)[0], keys(0, 1, 2)[0]] == alone[:2]  # two ranks
 
 
-def test_the_adapter_adds_nothing_until_it_is_trained_and_fits_its_models_only(tiny: TinyModels, codec: Codec) -> None:
+def test_the_adapter_adds_nothing_until_it_is_trained_and_fits_its_models_only(
+    tiny: TinyModels, codec: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaded = load_adapter(tiny.adapter)
     mllm = load_mllm(MllmConfig(name=tiny.vlm))
     assert isinstance(mllm, LlavaMllm)
-    check_fit(loaded.model, codec.sha256, mllm.tower)
+    check_fit(loaded.model, codec.sha256, mllm.tower_sha256)
+    monkeypatch.setattr("cotam.mllm.transformers._dtype_on", lambda device: torch.bfloat16)  # as on a GPU
+    on_gpu = load_mllm(MllmConfig(name=tiny.vlm))
+    assert isinstance(on_gpu, LlavaMllm) and on_gpu.model.dtype == torch.bfloat16
+    check_fit(loaded.model, codec.sha256, on_gpu.tower_sha256)
     with pytest.raises(ValueError, match="trained for codec"):
-        check_fit(loaded.model, "0" * 64, mllm.tower)
+        check_fit(loaded.model, "0" * 64, mllm.tower_sha256)
     with torch.no_grad():
         next(mllm.tower.parameters()).add_(1)
     with pytest.raises(ValueError, match="trained for image tower"):
-        check_fit(loaded.model, codec.sha256, mllm.tower)
+        check_fit(loaded.model, codec.sha256, tower_sha256(mllm.tower))
 
     fresh = Adapter(loaded.model.config)
     y_hat = torch.randn(2, loaded.model.config.M, 5, 9)

@@ -12,7 +12,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 
 from cotam.image import decode_image
 from cotam.mllm.backend import Asked, Mllm, MllmConfig, load_mllm
@@ -25,6 +25,7 @@ class Served:
     url: str
     faults: list[int] = dataclasses.field(default_factory=list)
     refused: str = ""
+    odd: Any = None
     under_way: int = 0
     most_under_way: int = 0
     num_requests: int = 0
@@ -33,7 +34,10 @@ class Served:
 
 @contextmanager
 def serving(name: str) -> Iterator[Served]:
-    """Serve the MLLM ``name``. ``faults``: status codes of the next requests; ``refused``: a question that gets 400."""
+    """Serve the MLLM ``name``. ``faults``: status codes of the next requests; ``refused``: a question that gets 400.
+
+    ``odd``: what every request gets while it is set: text as a page, anything else as a refusal of the key.
+    """
     mllm: Mllm = load_mllm(MllmConfig(name=name))
     served = Served("")
     app, lock, asking = FastAPI(), threading.Lock(), threading.Lock()
@@ -48,6 +52,10 @@ def serving(name: str) -> Iterator[Served]:
             fault = served.faults.pop(0) if served.faults else 0
         try:
             time.sleep(0.05)
+            if isinstance(served.odd, str):
+                return HTMLResponse(served.odd)
+            if served.odd is not None:
+                return JSONResponse(served.odd, 401)
             if fault:
                 return JSONResponse({"error": {"message": "busy"}}, fault)
             image, text = (part[part["type"]] for part in body["messages"][0]["content"])

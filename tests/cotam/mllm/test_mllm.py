@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from cotam.mllm.backend import Asked, MllmConfig, MllmError, load_mllm
 from cotam.mllm.transformers import LlavaMllm, TransformersMllm
@@ -83,6 +84,57 @@ def test_an_endpoint_that_is_away_or_refuses_the_key_is_an_os_error(
     with pytest.raises(OSError, match="busy"):
         ask_served(served)
     served.faults.clear()
+
+
+def test_an_image_that_is_too_large_costs_its_own_answers(served: Served) -> None:
+    served.faults[:] = [413]
+    answers = [answer for row in ask_served(served, batch_size=1) for answer in row]
+    assert [isinstance(answer, MllmError) for answer in answers] == [True] + [False] * (NUM_QUESTIONS - 1)
+
+
+def test_an_endpoint_that_sends_something_else_is_an_os_error_and_keys_stay_secret(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    served.odd = "<html>Sign in</html>"
+    with pytest.raises(OSError, match="not as an OpenAI-compatible endpoint does"):
+        ask_served(served)
+    served.odd = {"error": {"message": "no such key: sk-secret"}}
+    with pytest.raises(OSError, match=r"no such key: \*\*\*"):
+        ask_served(served)
+    served.odd = None
+    monkeypatch.setenv("OPENAI_API_KEY", "")
+    assert len(ask_served(served)) == len(ASKED)
+
+
+@pytest.mark.parametrize("visual_tokens_first", [True, False])
+def test_a_text_begins_once_whatever_the_chat_template_has(
+    monkeypatch: pytest.MonkeyPatch, visual_tokens_first: bool
+) -> None:
+    """Models read badly what begins with no first token, or with two."""
+    mllm = load_mllm(MllmConfig())
+    assert isinstance(mllm, LlavaMllm)
+    if not visual_tokens_first:
+        mllm = TransformersMllm(mllm.config, mllm.model, mllm.processor)
+    tokenizer = mllm.processor.tokenizer
+    first = tokenizer.convert_tokens_to_ids("the")
+    assert first != tokenizer.unk_token_id
+    tokenizer.bos_token = "the"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="the $A", special_tokens=[("the", first)])
+    tokenize, begins = type(tokenizer).__call__, []
+
+    def spy(self, *args, **options):  # type: ignore[no-untyped-def]
+        out = tokenize(self, *args, **options)
+        ids = [int(k) for k, used in zip(out["input_ids"][0], out["attention_mask"][0], strict=True) if used]
+        begins.append(ids[:2].count(first))
+        return out
+
+    monkeypatch.setattr(type(tokenizer), "__call__", spy)
+    prompt = mllm._prompt
+    mllm.answer(ASKED[:1])
+    monkeypatch.setattr(mllm, "_prompt", lambda question: "the " + prompt(question))
+    mllm.answer(ASKED[:1])
+    assert begins == [1, 1]
 
 
 def test_what_cannot_be_says_so(tiny: TinyModels) -> None:

@@ -36,6 +36,21 @@ def test_a_summary_counts_every_question_and_every_byte_once() -> None:
     assert summarise([], "exact_match")["overall"] is None
 
 
+def test_questions_without_an_answer_are_wrong_whichever_class_they_are_of() -> None:
+    failed = {"prediction": None, "error": "busy"}
+    rows = [row(str(k), 0.0, answers=["Yes" if k % 2 else "no"], **failed) for k in range(10)]
+    assert summarise(rows, "exact_match")["yes_no"] == {
+        "accuracy": 0, "precision": 0, "recall": 0, "f1": 0, "yes_rate": 0.5,
+    }  # fmt: skip
+
+
+def test_a_few_right_answers_are_not_certainty() -> None:
+    low, high = summarise([row(str(k), 1.0) for k in range(5)], "exact_match")["overall"]["ci95"]
+    assert low == pytest.approx(0.566, abs=0.001) and high == 1  # Wilson's interval of 5 of 5
+    low, high = summarise([row("a", 1.0), row("a", 0.0)], "exact_match")["overall"]["ci95"]
+    assert low < 0.1 and high > 0.9  # one image
+
+
 def test_the_blind_baseline_knows_the_questions_and_nothing_of_the_answer_it_guesses() -> None:
     rows = []
     for k in range(20):
