@@ -56,7 +56,7 @@ def sweep_parts(results: Mapping[str, Any]) -> list[str]:
     by_level = results["by_level"]
     for axes, level in zip(np.atleast_1d(levels.subplots(1, max(1, len(by_level)))), by_level, strict=False):
         _plot(axes, by_level[level]["curves"], by_level[level]["original"], "score")
-        axes.set_title(_LEVELS.get(level, level), fontsize=10)
+        axes.set_title(_LEVELS.get(level, level).replace("$", r"\$"), fontsize=10)  # else a formula
     original = results["original"]
     return [
         "<h2>Accuracy against bits</h2>",
