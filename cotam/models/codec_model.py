@@ -34,7 +34,7 @@ from cotam.models.layers import pad_to_multiple, round_ste
 from cotam.models.tiling import Tile, map_tiles
 from cotam.models.transforms import LATENT_STRIDE, AnalysisTransform, SynthesisTransform
 
-_DEAD_ZONE_STRENGTH = 0.5  # real residuals have heavier tails than Gaussians: all of it cuts off too much (measured)
+_DEAD_ZONE_STRENGTH = 0.65  # all of it cuts off too much, as real residuals have heavier tails (measured)
 HYPER_STRIDE = 4  # z positions are 4x4 latent positions
 HYPER_HALO = 4  # h_a reads 1 latent position around, h_s 1 at 1/16 and 1 at 1/32
 CONTEXT_HALO = 1

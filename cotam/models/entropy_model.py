@@ -98,8 +98,8 @@ class HyperSynthesis(nn.Module):
         self.spatial1 = IntConv2d(128, 128, depthwise=True, low=-ACTIVATION_MAX, out_steps=2)
         self.mix1 = IntConv2d(128, 128, in_steps=2, out_steps=2)
         self.up2 = IntConv2d(128, 4 * n, in_steps=2)
-        self.spatial2 = IntConv2d(n, n, depthwise=True, low=-ACTIVATION_MAX, out_steps=8)
-        self.mix2 = IntConv2d(n, n, quality_bias=True, in_steps=8, out_steps=FEATURE_STEPS)
+        self.spatial2 = IntConv2d(n, n, depthwise=True, low=-ACTIVATION_MAX, out_steps=FEATURE_STEPS)
+        self.mix2 = IntConv2d(n, n, quality_bias=True, in_steps=FEATURE_STEPS, out_steps=FEATURE_STEPS)
         self.coarse = IntConv2d(config.N_z, config.M, low=-MEAN_MAX, high=MEAN_MAX, unit=16)
         with torch.no_grad():
             _start_diagonal(self.coarse.weight, COARSE_STEP * MEAN_STEPS / self.coarse.units["weight"])
@@ -168,8 +168,8 @@ class EntropyParameters(nn.Module):
         n, m = config.N_hyper, config.M
         self.h_s = HyperSynthesis(config)
         self.first = ParameterHead(n, n, m, first=True)
-        self.context = IntConv2d(3 * m, 3 * m, depthwise=True, low=-ACTIVATION_MAX, out_steps=8)
-        self.squeeze = IntConv2d(3 * m, n, low=-ACTIVATION_MAX, in_steps=8, out_steps=FEATURE_STEPS)
+        self.context = IntConv2d(3 * m, 3 * m, depthwise=True, low=-ACTIVATION_MAX, out_steps=FEATURE_STEPS)
+        self.squeeze = IntConv2d(3 * m, n, low=-ACTIVATION_MAX, in_steps=FEATURE_STEPS, out_steps=FEATURE_STEPS)
         self.second = ParameterHead(2 * n, n + n // 2, m, first=False)
         self.register_buffer("_in_use", channels_in_use(config)[:, ::2].contiguous(), persistent=False)
 
