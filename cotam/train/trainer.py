@@ -24,7 +24,7 @@ Log = Callable[[dict[str, Any]], None]
 M = TypeVar("M", bound=nn.Module)
 B = TypeVar("B")
 CHECKPOINT = "checkpoint.pt"
-_CHECKPOINT_VERSION = 2
+_CHECKPOINT_VERSION = 3
 _LONGEST_STEP_S = 30.0  # a machine that slept did not train
 _LOG_S = 10.0
 _SOAP_FREQUENCY = 20  # steps between two updates of the eigenbases
