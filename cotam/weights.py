@@ -30,7 +30,7 @@ FORMAT = "cotam-codec/2"
 # Packaged weights by name: the sha256 of cotam/packaged/{name}.safetensors.
 PACKAGED: dict[str, str] = {
     "cotam-adapter-tiny": "edfa198d1d5a8a7e1e76d6994adc11bbda9466f9330db6481cdad04091d7b337",
-    "cotam-base": "00915bc0fa3d235d73e1f02664e8bb60b29a629e89877d3817541694fc9e498a",
+    "cotam-base": "6eebb246a3a81dec9d985916b37711fafee94c5ab8d924516541aeee33102cef",
 }
 # Packaged folders by name: the sha256 of the weights in cotam/packaged/{name}.
 PACKAGED_FOLDERS: dict[str, tuple[str, str]] = {
