@@ -29,7 +29,7 @@ from cotam.store.fs import split_uri
 FORMAT = "cotam-codec/2"
 # Packaged weights by name: the sha256 of cotam/packaged/{name}.safetensors.
 PACKAGED: dict[str, str] = {
-    "cotam-adapter-tiny": "edfa198d1d5a8a7e1e76d6994adc11bbda9466f9330db6481cdad04091d7b337",
+    "cotam-adapter-tiny": "f7b051cdbdd9326e57af748ad0400ee5e20646190785ffa48f60b8c0e6803a92",
     "cotam-base": "6eebb246a3a81dec9d985916b37711fafee94c5ab8d924516541aeee33102cef",
 }
 # Packaged folders by name: the sha256 of the weights in cotam/packaged/{name}.
