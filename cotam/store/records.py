@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import dataclasses
 import os
 import re
+import signal
 import socket
 import threading
 import time
@@ -213,13 +213,16 @@ class RunStore:
         if self.root.read_json(_LOCK)["token"] != token:  # two jobs that started at once: the last writer stays
             raise StoreError(f"another job has just started on {self.root.uri}; wait for it or choose another DST")
         stop, lost = threading.Event(), threading.Event()
+        main_thread = threading.main_thread().ident
+        assert main_thread is not None
 
         def beat() -> None:
             while not stop.wait(_HEARTBEAT_S):
                 with contextlib.suppress(OSError):  # a missed beat is made up for by the next
                     if self._is_locked_by_another(token):
                         lost.set()
-                        _thread.interrupt_main()
+                        # As Ctrl-C; interrupt_main() would wait until whatever the main thread waits for is over.
+                        signal.pthread_kill(main_thread, signal.SIGINT)
                         return
                     self.root.write_json(_LOCK, {**owner, "heartbeat": time.time()})
 

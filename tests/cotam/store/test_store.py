@@ -91,9 +91,11 @@ def test_a_job_that_lost_its_lock_is_interrupted_and_leaves_it_alone(
     monkeypatch.setattr(records, "_HEARTBEAT_S", 0.05)
     store, path = RunStore(str(tmp_path)), tmp_path / "_cotam/lock.json"
     other = {"token": "t", "host": "another-host", "pid": 1, "pids": "there", "heartbeat": time.time()}
+    started = time.monotonic()
     with pytest.raises(StoreError, match="has taken over"), store.lock():
         store.root.write_json("_cotam/lock.json", other)
         time.sleep(30)
+    assert time.monotonic() - started < 10, "it went on with what it was doing"
     assert json.loads(path.read_text()) == other
 
 
