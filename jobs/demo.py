@@ -18,7 +18,9 @@ from jobs.options import Model
 
 _QUALITIES = (4.0, 5.0, 6.0)
 _SHOWN_QUALITY = 5.0
-_MADE_HERE = re.compile(r"corpus|encoded-q[\d.]+|decoded|backgrounds|scenes(-encoded|-answers|-sweep)?|report\.html")
+_MADE_HERE = re.compile(
+    r"corpus|encoded-q[\d.]+|decoded|backgrounds|scenes(-encoded|-answers|-sweep)?|test-\d+\.png|report\.html"
+)
 _NUM_SCENES = 60
 _SCENE_QUALITY = 3.0
 # Photographs in scikit-image and scikit-learn, with the captions of the demo's corpus.

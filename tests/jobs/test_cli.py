@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 
 import pyarrow.dataset as ds
+import pytest
 
+from jobs.demo import demo
 from tests.corpus import write_webdataset
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
@@ -83,3 +85,11 @@ def test_a_cluster_that_died_on_this_machine_is_in_nobodys_way(tmp_path: Path) -
         (Path(folder) / "ray/ray_current_cluster").write_text("127.0.0.1:1")  # what a killed Ray leaves behind
         result = cotam("encode", str(tmp_path / "in"), str(tmp_path / "out"), RAY_TMPDIR=folder)
     assert result.returncode == 0 and "2 images: 2 rows" in result.stdout, result.stdout + result.stderr
+
+
+def test_the_demo_replaces_nothing_but_a_demo(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="holds more than the output of an earlier demo"):
+        demo(tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
