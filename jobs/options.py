@@ -9,11 +9,11 @@ import typer
 
 
 def _absolute(name: str | None) -> str | None:
-    """A local path from the root on, as workers run elsewhere; packaged names, URIs and the like as they are."""
+    """A local path from the root on, as workers run elsewhere; names of packaged things and URIs as they are."""
     from cotam.weights import PACKAGED, PACKAGED_FOLDERS
 
-    is_path = name and name not in PACKAGED and name not in PACKAGED_FOLDERS and os.path.exists(name)
-    return os.path.abspath(name) if name and is_path else name
+    is_name = not name or name in (*PACKAGED, *PACKAGED_FOLDERS, "sceneqa")  # whatever else is called so here
+    return name if is_name or not os.path.exists(name or "") else os.path.abspath(name or "")
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]

@@ -281,7 +281,7 @@ def _summarise(partitions: Partitions, num_skipped: int, store: RunStore, starte
         for name in _SUMMED:
             totals[name] += getattr(record, name)
     outdated = _outdated(partitions, others, store) if others else []
-    replaced = [record for record in outdated if _is_all_there(record, partitions, store)]
+    replaced = _without_lost_images(outdated, partitions, store)
     for record in replaced:
         store.discard(record)
     failures = store.failures()
@@ -314,18 +314,29 @@ def _outdated(partitions: Partitions, others: list[Completion], store: RunStore)
     return [record for record in others if record.source in finished]
 
 
-def _is_all_there(record: Completion, partitions: Partitions, store: RunStore) -> bool:
-    """Whether ``partitions`` have all that an outdated one was made of: loose files may be gone from their folder."""
-    now = partitions.of_sources([record.source])
-    if now[0].kind != "files":
-        return True
-    paths = ids_of(path for partition in now for path in partition.paths)
+def _without_lost_images(outdated: list[Completion], partitions: Partitions, store: RunStore) -> list[Completion]:
+    """Those all of whose images are in ``partitions``: loose files may be gone from their folder."""
+    found = []
+    for source in dict.fromkeys(record.source for record in outdated):
+        records = [record for record in outdated if record.source == source]
+        now = partitions.of_sources([source])
+        if now[0].kind == "files":
+            paths = ids_of(
+                path for partition in now for path in partition.paths
+            )  # once a folder: there may be millions
+            records = [record for record in records if not _has_others(record, paths, store)]
+        found += records
+    return found
+
+
+def _has_others(record: Completion, paths: pa.ChunkedArray, store: RunStore) -> bool:
+    """Whether a partition has images, or rejects, that are none of ``paths``; or cannot be read."""
     try:
         keys = read_keys(store.root, record.data)
     except (OSError, ValueError, pa.ArrowException):
-        return False
+        return True
     rejects = ids_of(reject.key for reject in read_rejects(store.root, record.partition_id))
-    return not len(difference(keys.cast(pa.string()), paths)) and not len(difference(rejects, paths))
+    return len(difference(keys.cast(pa.string()), paths)) + len(difference(rejects, paths)) > 0
 
 
 def _one_line(error: Exception) -> str:

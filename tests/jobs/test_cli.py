@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow.dataset as ds
 import pytest
 
+from jobs import options
 from jobs.demo import demo
 from tests.corpus import write_webdataset
 
@@ -93,3 +94,12 @@ def test_the_demo_replaces_nothing_but_a_demo(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds more than the output of an earlier demo"):
         demo(tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_paths_are_absolute_and_names_stay_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers run in other folders; and a folder that happens to be called as something packaged is not meant."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("sceneqa", "cotam-base", "mine"):
+        (tmp_path / name).mkdir()
+    given = ["sceneqa", "cotam-base", "mine", "hf:org/model", "s3://bucket/codec.safetensors", None]
+    assert [options._absolute(name) for name in given] == [*given[:2], str(tmp_path / "mine"), *given[3:]]
