@@ -30,6 +30,7 @@ from cotam.memory import return_freed_memory, use_malloc_for_arrow
 from cotam.store.fs import is_transient
 from cotam.store.ids import difference, each, ids_of
 from cotam.store.partitions import Partition, Partitions
+from cotam.store.readers import key_of_file
 from cotam.store.records import Completion, RunStore
 from cotam.store.shard import read_keys, read_rejects
 from cotam.store.storage_options import storage_configuration, use_storage_configuration
@@ -316,27 +317,25 @@ def _outdated(partitions: Partitions, others: list[Completion], store: RunStore)
 
 def _without_lost_images(outdated: list[Completion], partitions: Partitions, store: RunStore) -> list[Completion]:
     """Those all of whose images are in ``partitions``: loose files may be gone from their folder."""
-    found = []
-    for source in dict.fromkeys(record.source for record in outdated):
-        records = [record for record in outdated if record.source == source]
-        now = partitions.of_sources([source])
-        if now[0].kind == "files":
-            paths = ids_of(
-                path for partition in now for path in partition.paths
-            )  # once a folder: there may be millions
-            records = [record for record in records if not _has_others(record, paths, store)]
-        found += records
+    current = partitions.of_sources({record.source for record in outdated})
+    folders = {partition.source for partition in current if partition.kind == "files"}
+    found = [record for record in outdated if record.source not in folders]
+    for folder in folders:
+        files = (path for partition in current.of_sources([folder]) for path in partition.paths)
+        keys = ids_of(key_of_file(path) for path in files)
+        records = (record for record in outdated if record.source == folder)
+        found += [record for record in records if not _has_others(record, keys, store)]
     return found
 
 
-def _has_others(record: Completion, paths: pa.ChunkedArray, store: RunStore) -> bool:
-    """Whether a partition has images, or rejects, that are none of ``paths``; or cannot be read."""
+def _has_others(record: Completion, keys: pa.ChunkedArray, store: RunStore) -> bool:
+    """Whether a partition has images, or rejects, whose key is none of ``keys``; or cannot be read."""
     try:
-        keys = read_keys(store.root, record.data)
+        rows = read_keys(store.root, record.data)
     except (OSError, ValueError, pa.ArrowException):
         return True
     rejects = ids_of(reject.key for reject in read_rejects(store.root, record.partition_id))
-    return len(difference(keys.cast(pa.string()), paths)) + len(difference(rejects, paths)) > 0
+    return len(difference(rows.cast(pa.string()), keys)) + len(difference(rejects, keys)) > 0
 
 
 def _one_line(error: Exception) -> str:

@@ -157,10 +157,15 @@ def _read_tar(partition: Partition) -> Iterator[Sample | Reject]:
     return read_tar(partition.source)
 
 
+def key_of_file(path: str) -> str:
+    """The key of a loose file: its path, with replacement characters for bytes that are not UTF-8."""
+    return path.encode(errors="surrogateescape").decode(errors="replace")
+
+
 def _read_files(partition: Partition) -> Iterator[Sample | Reject]:
     fs, root = split_uri(partition.source)
     for path in partition.paths:
-        key = path.encode(errors="surrogateescape").decode(errors="replace")
+        key = key_of_file(path)
         try:
             data = _read_file(fs, f"{root}/{path}", partition.num_bytes)
         except FileNotFoundError:

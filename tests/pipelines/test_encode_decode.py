@@ -211,9 +211,10 @@ def test_originals_that_are_gone_take_nothing_with_them(tmp_path: Path) -> None:
     for k in range(3):
         (source / f"{k}.jpg").write_bytes(to_bytes(photograph(k)))
     encode(str(source), dst)
+    (source / os.fsdecode(b"\xff.jpg")).write_bytes(b"")  # no UTF-8, and a reject
     (source / "3.jpg").write_bytes(to_bytes(photograph(3)))
     summary = encode(str(source), dst)  # all that was there still is: replaced
-    assert (summary.num_replaced, summary.num_kept, summary.num_rows) == (1, 0, 4)
+    assert (summary.num_replaced, summary.num_kept, summary.num_rows, summary.num_rejects) == (1, 0, 4, 1)
     for k in range(4):
         (source / f"{k}.jpg").unlink()
     (source / "4.jpg").write_bytes(to_bytes(photograph(4)))

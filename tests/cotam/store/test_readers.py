@@ -43,6 +43,14 @@ def parquet(path: Path) -> Partition:
     return Partition(partition_id="p", kind="parquet", source=str(path), row_groups=groups, image_column=column)
 
 
+def stored(sample: Sample) -> Row:
+    """The row of a sample, with a bitstream of no image."""
+    return Row(
+        key=sample.key, source="s", width=1, height=1, bitstream=b"x", quality=1.0, source_num_bytes=1,
+        source_format="JPEG", source_sha256="", members=sample.members,
+    )  # fmt: skip
+
+
 @pytest.fixture
 def tar(tmp_path: Path) -> Path:
     write_webdataset(tmp_path, 1, 6)
@@ -276,20 +284,7 @@ def test_columns_of_every_type_come_back_and_rows_that_cannot_are_rejects(tmp_pa
         assert "row cannot be read" in rejects[0].error and "utf-8" in rejects[0].error
         with ShardWriter(tmp_path / "shard.parquet", {}, member_types(parquet(path))) as writer:
             for s in samples:
-                writer.write(
-                    Row(
-                        key=s.key,
-                        source="s",
-                        width=1,
-                        height=1,
-                        bitstream=b"x",
-                        quality=1.0,
-                        source_num_bytes=1,
-                        source_format="JPEG",
-                        source_sha256="",
-                        members=s.members,
-                    )
-                )
+                writer.write(stored(s))
         last = list(read_rows(Root(str(tmp_path)), "shard.parquet"))[1].members
         assert last["nested"] == {"a": []} and last["map"] == [("k", 1)] and last["kind"] == "x"
         assert last["member_width"] == 3 and last["member_member_width"] == 6
@@ -360,20 +355,7 @@ def test_members_of_extension_types_are_stored_as_what_they_are_made_of(tmp_path
     types = member_types(parquet(path))
     with ShardWriter(tmp_path / "out.parquet", {}, types) as writer:
         for sample in samples:
-            writer.write(
-                Row(
-                    key=sample.key,
-                    source="s",
-                    width=1,
-                    height=1,
-                    bitstream=b"b",
-                    quality=4.0,
-                    source_num_bytes=1,
-                    source_format="PNG",
-                    source_sha256="",
-                    members=sample.members,
-                )
-            )
+            writer.write(stored(sample))
     rows = list(read_rows(Root(str(tmp_path)), "out.parquet"))
     assert [r.members.get("flag") for r in rows] == [1, 0, None]
     assert rows[2].members["tensor"] == [8.0, 9.0, 10.0, 11.0]
