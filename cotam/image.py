@@ -1,18 +1,20 @@
 """Image bytes to RGB and back: one decoder for everything people store, with a guard on size.
 
 Rules: EXIF orientation is applied; transparency is composited over white; 16-bit samples keep their upper 8 bits;
-CMYK, palette and grey images become RGB; of an animation the first frame counts.
+CMYK, palette and grey images become RGB; of an animation the first frame counts. Colour profiles are not applied, as
+they are not by what feeds MLLMs.
 """
 
 from __future__ import annotations
 
 import io
 import warnings
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 RGBImage = NDArray[np.uint8]  # (H, W, 3)
 
@@ -21,6 +23,17 @@ MAX_SIDE_PX = 2**24
 # Pillow would open fifty more, of which some run programs (EPS) or unpack without limit.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "GIF", "PPM")
 _WHITE = (255, 255, 255, 255)
+_ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 274, 258, 262, 339  # tags of TIFF and EXIF
+_WHITE_IS_ZERO, _UNSIGNED = 0, 1
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class ImageError(ValueError):
@@ -121,14 +134,39 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:
+    key = image.info.get("transparency")
+    if isinstance(key, tuple) and image.tile[0].args == "RGB;16B":  # Pillow compares its lower bytes with upper ones
+        image.info["transparency"] = tuple(sample >> 8 for sample in key)
     image.load()
-    upright = ImageOps.exif_transpose(image)
+    upright = _upright(image)
     if upright.mode == "F":
         raise ImageError("floating-point samples, whose range no file says: convert it to 8 or 16 bits")
     if upright.mode.startswith("I"):
-        # 16-bit files arrive as "I;16" or, from older encoders, as 32-bit integers; 8-bit ones never do.
-        upright = Image.fromarray((np.asarray(upright) >> 8).clip(0, 255).astype(np.uint8))
+        upright = _upper_8_bits(upright, getattr(image, "tag_v2", {}))
     if upright.has_transparency_data:
         rgba = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", rgba.size, _WHITE), rgba)
     return upright if upright.mode == "RGB" else upright.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """As ``ImageOps.exif_transpose``, which writes the other tags anew and so fails where any of them is damaged."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # Pillow raises whatever it likes on bad bytes, and the pixels are sound
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _upper_8_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
+    """Grey samples of more than 8 bits to "L"; ``tags`` are those of a TIFF."""
+    num_bits, sample_format = tags.get(_BITS_PER_SAMPLE, (16,))[0], tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))[0]
+    if num_bits > 16 or sample_format != _UNSIGNED:
+        raise ImageError("signed or 32-bit samples, whose range no file says: convert it to 8 or 16 bits")
+    samples = np.asarray(image)
+    grey = (samples >> (num_bits - 8)).clip(0, 255).astype(np.uint8)
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow heeds it in files of 8 bits only
+        grey = 255 - grey
+    if (key := image.info.get("transparency")) is not None:
+        grey[samples == key] = 255
+    return Image.fromarray(grey)

@@ -27,12 +27,14 @@ def _save(image: Image.Image, format: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _png16(samples: np.ndarray[Any, np.dtype[np.uint16]]) -> bytes:
+def _png16(samples: np.ndarray[Any, np.dtype[np.uint16]], transparent: tuple[int, ...] = ()) -> bytes:
     """A 16-bit PNG of (H, W) grey or (H, W, 3) RGB samples, which Pillow cannot write for RGB."""
     height, width = samples.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
     header = struct.pack(">IIBBBBB", width, height, 16, 0 if samples.ndim == 2 else 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(rows)) + _chunk(b"IEND", b"")
+    key = _chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent)) if transparent else b""
+    end = _chunk(b"IDAT", zlib.compress(rows)) + _chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + key + end
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
@@ -119,6 +121,51 @@ def test_exif_rotated_images_come_out_upright(orientation: int) -> None:
     exif[0x0112] = orientation
     data = encode_image(np.ascontiguousarray(stored), "JPEG", exif=exif, quality=95, subsampling=0)
     assert _close(decode_image(data).pixels[4:-4:8, 4:-4:8], upright[4:-4:8, 4:-4:8])
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("damage", ["odd type", "zeros", "cut"])
+def test_damaged_exif_costs_no_image(format: str, damage: str) -> None:
+    upright = np.zeros((32, 48, 3), np.uint8)
+    upright[:16] = RED
+    entries = [(0x0100, 2, 4, b"wide"), (0x0112, 3, 1, struct.pack("<HH", 6, 0))]  # the width is a text; orientation 6
+    directory = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
+    block = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + directory + bytes(4)
+    if damage != "odd type":
+        block = block[:6] + bytes(len(block)) if damage == "zeros" else block[:12]
+    options = {"quality": 95, "subsampling": 0} if format == "JPEG" else {"lossless": True}
+    stored = np.ascontiguousarray(np.rot90(upright)) if damage == "odd type" else upright
+    decoded = decode_image(encode_image(stored, format, exif=block, **options)).pixels
+    assert _close(decoded[4:-4:8], upright[4:-4:8])
+
+
+def test_grey_tiffs_of_other_depths_than_8_bits() -> None:
+    ramp = np.linspace(0, 65535, 12).astype(np.uint16).reshape(3, 4)
+    expected = (ramp >> 8).astype(np.uint8)[..., None].repeat(3, axis=2)
+    np.testing.assert_array_equal(decode_image(_tiff(ramp.tobytes(), 16)).pixels, expected)
+    np.testing.assert_array_equal(decode_image(_tiff(ramp.tobytes(), 16, photometric=0)).pixels, 255 - expected)
+    pairs = (ramp.ravel() >> 4).astype(int).reshape(-1, 2)
+    packed = b"".join(bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in pairs)
+    np.testing.assert_array_equal(decode_image(_tiff(packed, 12)).pixels, expected)
+    for data in (_tiff(ramp.tobytes(), 16, sample_format=2), _tiff(ramp.astype(np.uint32).tobytes(), 32)):
+        with pytest.raises(ImageError, match="signed or 32-bit samples"):
+            decode_image(data)
+
+
+def _tiff(data: bytes, num_bits: int, photometric: int = 1, sample_format: int = 1) -> bytes:
+    """A grey TIFF of 4x3 samples."""
+    tags = {256: 4, 257: 3, 258: num_bits, 259: 1, 262: photometric, 273: 0, 277: 1, 278: 3, 279: len(data)}
+    tags |= {339: sample_format}
+    tags[273] = 8 + 2 + 12 * len(tags) + 4
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + data
+
+
+def test_a_transparent_colour_of_16_bits() -> None:
+    grey = np.array([[0, 1000, 40000, 65535]], np.uint16)
+    assert decode_image(_png16(grey, transparent=(0,))).pixels[0, :, 0].tolist() == [255, 3, 156, 255]
+    rgb = np.array([[0x1234, 0x3412, 0x3434]], np.uint16)[..., None].repeat(3, axis=2)
+    assert decode_image(_png16(rgb, transparent=(0x1234,) * 3)).pixels[0, :, 0].tolist() == [255, 0x34, 0x34]
 
 
 def test_first_frame_of_an_animation() -> None:
