@@ -13,7 +13,6 @@ straight-through gradients to the real-valued parameters behind the integers, so
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -170,10 +169,10 @@ class IntConv2d(nn.Module):
                 batch, _, height, width = x.shape
                 rows = _int8_product(kernel, [x.to(torch.int8).permute(0, 2, 3, 1).flatten(0, 2)])
                 out = rows.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
+            elif self.depthwise and x.is_cuda and not torch.is_grad_enabled():
+                out = depthwise_by_shifts(x, kernel.weight, kernel.bias)
             elif self.depthwise:
-                # cuDNN may choose an algorithm that transforms its input, and rounds.
-                with torch.backends.cudnn.flags(enabled=False) if x.is_cuda else nullcontext():
-                    out = F.conv2d(x, kernel.weight, kernel.bias, padding=1, groups=x.shape[1])
+                out = F.conv2d(x, kernel.weight, kernel.bias, padding=1, groups=x.shape[1])
             else:
                 out = F.conv2d(x, kernel.weight, kernel.bias)
             if self.quality_bias:
@@ -211,6 +210,22 @@ class IntConv2d(nn.Module):
         if torch.is_grad_enabled():
             return clamp_ste(round_ste(x), self.low, self.high)
         return x.round_().clamp_(self.low, self.high)
+
+
+def depthwise_by_shifts(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A depthwise 3x3 convolution, (B, I, h, w) to (B, O, h, w), that cannot round.
+
+    cuDNN may choose an algorithm that transforms its input, and may be kept from it for a whole process only.
+    """
+    filters = weight.shape[0] // x.shape[1]
+    height, width = x.shape[2:]
+    padded = F.pad(x, (1, 1, 1, 1)).repeat_interleave(filters, dim=1)
+    out = bias[:, None, None].expand(len(x), -1, height, width)
+    for row in range(3):
+        for column in range(3):
+            shifted = padded[:, :, row : row + height, column : column + width]
+            out = torch.addcmul(out, shifted, weight[:, 0, row, column][:, None, None])
+    return out
 
 
 def _int8_product(kernel: Kernel, inputs: Sequence[Tensor], channels: slice = slice(None)) -> Tensor:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from cotam.image import RGBImage
 from cotam.models.causal import CausalPredictor
 from cotam.models.entropy_model import MEAN_MAX, MEAN_STEPS, EntropyParameters
 from cotam.models.halves import split_halves
-from cotam.models.integer import ACCUMULATOR_BOUND, ACTIVATION_MAX, IntConv2d
+from cotam.models.integer import ACCUMULATOR_BOUND, ACTIVATION_MAX, IntConv2d, depthwise_by_shifts
 from cotam.models.precision import multiplies_int8
 
 
@@ -133,7 +134,12 @@ def test_every_layer_equals_integer_arithmetic(network: EntropyParameters) -> No
         q = torch.randint(0, 29, (2, 1, 5, 6), generator=generator).float()
         with torch.inference_mode():
             actual = layer(x, q).numpy()
-            if not layer.depthwise:
+            if layer.depthwise:
+                integers = layer.frozen_integers()
+                kernel = integers.weight.float(), integers.bias.float()
+                expected = F.conv2d(x, *kernel, padding=1, groups=num_in)
+                np.testing.assert_array_equal(depthwise_by_shifts(x, *kernel), expected)  # as on a GPU
+            else:
                 x_rows, q_rows = (t.permute(0, 2, 3, 1).flatten(0, 2) for t in (x, q))
                 rows = layer.pointwise(x_rows.split([3, num_in - 3], dim=1), q_rows, slice(1, None, 2))
                 np.testing.assert_array_equal(rows.unflatten(0, (2, 5, 6)).permute(0, 3, 1, 2), actual[:, 1::2])
