@@ -46,6 +46,8 @@ class CodecConfig:
     def __post_init__(self) -> None:
         if self.backbone not in BACKBONES:
             raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, not {self.backbone!r}")
+        if len(self.lmbdas) < 2 or self.lmbdas[0] <= 0 or list(self.lmbdas) != sorted(set(self.lmbdas)):
+            raise ValueError(f"lmbdas must be two or more positive numbers that grow, not {self.lmbdas}")
         if self.M % 2:
             raise ValueError(f"M must be even, not {self.M}: y is coded in two halves of its channels")
         if self.M_levels:

@@ -163,11 +163,15 @@ class CodecModel(nn.Module):
         """A copy with other quality levels, to train further: it starts near what this one does at each trade-off.
 
         Gains and scales of ``z`` are interpolated, and continued, over log lmbda; the integer network's dependence on
-        the quality index, which is linear, follows the mean spacing of the levels.
+        the quality index, which is linear, follows the mean spacing of the levels; levels have as many channels as the
+        nearest old one above.
         """
         old, new = (torch.tensor(values, dtype=torch.float64).log() for values in (self.config.lmbdas, lmbdas))
         low = (torch.searchsorted(old, new) - 1).clamp(0, len(old) - 2)
-        weight = ((new - old[low]) / (old[low + 1] - old[low]))[:, None].float()
+        fraction = (new - old[low]) / (old[low + 1] - old[low])
+        positions = (low + fraction).clamp(0, len(old) - 1).tolist()
+        widths = tuple(self.config.num_channels(round(Q_STEPS * position)) for position in positions)
+        weight = fraction[:, None].float()
         state = self.state_dict()
         for name in ("gains.log_gain", "gains.log_inverse", "z_log_scale"):
             state[name] = state[name][low] * (1 - weight) + state[name][low + 1] * weight
@@ -182,7 +186,8 @@ class CodecModel(nn.Module):
             if isinstance(module, IntConv2d) and module.quality_bias:
                 state[f"entropy_parameters.{name}.bias"] = module.bias + offset * module.gain / BIAS_UNIT
                 state[f"entropy_parameters.{name}.gain"] = rate * module.gain
-        model = CodecModel(dataclasses.replace(self.config, lmbdas=lmbdas))
+        widths = widths if self.config.M_levels else ()
+        model = CodecModel(dataclasses.replace(self.config, lmbdas=lmbdas, M_levels=widths))
         model.load_state_dict(state)
         return model
 

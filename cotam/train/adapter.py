@@ -64,7 +64,7 @@ class AdapterTrainer(Trainer[Adapter, AdapterBatch]):
             codec_sha256=codec.sha256,
             tower_sha256=mllm.tower_sha256,
         )
-        self._tower: nn.Module = mllm.tower.to(device).requires_grad_(False)
+        self._tower: nn.Module = mllm.tower.to(device, torch.float32).requires_grad_(False)
         self._layer: int = mllm.model.config.vision_feature_layer
         processor = mllm.processor.image_processor
         self._mean, self._std = (torch.tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std))
@@ -118,13 +118,14 @@ class AdapterTrainer(Trainer[Adapter, AdapterBatch]):
         """What enters the first layer, and what the MLLM reads; patches only, (B, patches, width)."""
         seen: list[Tensor] = []
         zeros = pixels.new_zeros(1, 1, 1)
-        with adding_tokens(self._tower, zeros if tokens is None else tokens):
+        low_precision = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        with adding_tokens(self._tower, zeros if tokens is None else tokens), low_precision:
             handle = first_layer(self._tower).register_forward_hook(lambda m, i, output: seen.append(output))
             try:
                 states = self._tower(pixels, output_hidden_states=True).hidden_states
             finally:
                 handle.remove()
-        return seen[0][:, 1:], states[self._layer][:, 1:]
+        return seen[0][:, 1:].float(), states[self._layer][:, 1:].float()
 
     def _pixels(self, images: Tensor) -> Tensor:
         x = images.to(self.device).float() / 255

@@ -71,13 +71,13 @@ class CodecTrainer(Trainer[CodecModel, Tensor]):
 
     @torch.no_grad()
     def evaluate(self) -> list[dict[str, Any]]:
-        """Mean bpp_est and PSNR of the averaged model on the held-out crops, for quality 1, 3, 5, 7."""
+        """Mean bpp_est and PSNR of the averaged model on the held-out crops, for every other quality level."""
         if self._evaluation is None:
             return []
         crops, results = self._evaluation, []
         self.ema.freeze()
         side = crops.shape[-1] // LATENT_STRIDE
-        for quality in (1, 3, 5, 7):
+        for quality in range(1, self.config.model.num_levels + 1, 2):
             bpp, psnr = 0.0, 0.0
             for batch in crops.split(8):
                 x = batch.to(self.device).float().div(255).contiguous(memory_format=torch.channels_last)

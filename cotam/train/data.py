@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +15,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from cotam.image import ImageError, RGBImage, decode_image
 from cotam.train.config import DataConfig
 
-IMAGE_MEMBERS = "jpg;jpeg;png;webp"
+_IMAGE_MEMBERS = "jpg;jpeg;png;webp"
 _PIXELS_PER_CROP = 2.5  # a large image gives one crop per this many crop areas, so that its decoding pays
 _MIN_SCALE = 0.5  # images shrink by a random factor: other sizes of the same things, and less of a JPEG's own noise
 _MAX_CROPS = 8
@@ -58,8 +58,8 @@ class CropDataset(IterableDataset[Tensor]):
                 empty_check=False,
             )
             produced = False
-            for sample in dataset.shuffle(200, rng=rng).to_tuple(IMAGE_MEMBERS):
-                image = decode_rgb(sample[0], lambda side: rng.uniform(min(1.0, max(_MIN_SCALE, size / side)), 1.0))
+            for data in image_members(dataset.shuffle(200, rng=rng)):
+                image = decode_rgb(data, lambda side: rng.uniform(min(1.0, max(_MIN_SCALE, size / side)), 1.0))
                 if image is None or min(image.shape[:2]) < size:
                     continue
                 area = image.shape[0] * image.shape[1] / size**2
@@ -104,32 +104,38 @@ def random_quality_maps(batch_size: int, height: int, width: int, num_q: int, ge
     return torch.stack(maps)
 
 
+def image_members(dataset: wds.WebDataset) -> Iterator[bytes]:
+    """The bytes of the image of every sample that has one."""
+    for (data,) in dataset.to_tuple(_IMAGE_MEMBERS, missing_is_error=False):
+        if data is not None:
+            yield data
+
+
 def expand_urls(urls: Sequence[str]) -> list[str]:
     """WebDataset expands braces in a single string only, not in a list."""
     return [url for pattern in urls for url in braceexpand.braceexpand(pattern)]
 
 
-def decode_rgb(data: bytes, scale: Callable[[int], float] | None = None) -> np.ndarray | None:  # type: ignore[type-arg]
+def decode_rgb(data: bytes, scale: Callable[[int], float] | None = None) -> RGBImage | None:
     """Decode training bytes to uint8 (H, W, 3), scaled by what ``scale`` says to its shorter side; None if it fails."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            rgb = image.convert("RGB")
-            factor = scale(min(rgb.size)) if scale is not None else 1.0
-            if factor != 1:
-                rgb = rgb.resize(
-                    (math.ceil(rgb.width * factor), math.ceil(rgb.height * factor)), Image.Resampling.LANCZOS
-                )
-            return np.asarray(rgb)
-    except (OSError, ValueError):
+        pixels = decode_image(data).pixels
+    except ImageError:
         return None
+    height, width = pixels.shape[:2]
+    factor = scale(min(height, width)) if scale is not None else 1.0
+    if factor == 1:
+        return pixels
+    size = math.ceil(width * factor), math.ceil(height * factor)
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
 
 
 def eval_crops(config: DataConfig) -> Tensor:
     """The evaluation set: centre crops of the first images of the held-out tars, uint8 (K, 3, S, S)."""
     size, crops = config.eval_crop_px, []
     dataset = wds.WebDataset(expand_urls(config.evaluation), shardshuffle=False, nodesplitter=iter, empty_check=False)
-    for sample in dataset.to_tuple(IMAGE_MEMBERS):
-        image = decode_rgb(sample[0])
+    for data in image_members(dataset):
+        image = decode_rgb(data)
         if image is None or min(image.shape[:2]) < size:
             continue
         top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2

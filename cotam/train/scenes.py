@@ -17,7 +17,7 @@ from cotam.image import RGBImage
 from cotam.sceneqa.render import render
 from cotam.sceneqa.scene import Scene, sample_scene
 from cotam.train.config import SceneConfig
-from cotam.train.data import IMAGE_MEMBERS, decode_rgb, expand_urls
+from cotam.train.data import decode_rgb, expand_urls, image_members
 
 B = TypeVar("B")
 _ROOM = 1.25  # photographs are kept this much larger than a scene, to be cropped
@@ -104,8 +104,8 @@ def load_photographs(urls: Sequence[str], side_px: int) -> list[RGBImage]:
         return []
     images = []
     dataset = wds.WebDataset(expand_urls(urls), shardshuffle=False, nodesplitter=iter, workersplitter=iter)
-    for sample in dataset.to_tuple(IMAGE_MEMBERS):
-        image = decode_rgb(sample[0])
+    for data in image_members(dataset):
+        image = decode_rgb(data)
         if image is not None:
             images.append(np.asarray(ImageOps.fit(Image.fromarray(image), (side_px, side_px))))
     return images

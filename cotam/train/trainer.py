@@ -27,6 +27,7 @@ CHECKPOINT = "checkpoint.pt"
 _CHECKPOINT_VERSION = 3
 _LONGEST_STEP_S = 30.0  # a machine that slept did not train
 _LOG_S = 10.0
+_SETTINGS = ("factor", "weight_decay", "betas")  # of a group of parameters; the rate is set in every step
 _SOAP_FREQUENCY = 20  # steps between two updates of the eigenbases
 _SOAP_MAX_DIM = 800  # larger sides of a weight are not rotated
 
@@ -201,7 +202,10 @@ class Trainer(ABC, Generic[M, B]):
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         for optimizer, optimizer_state in zip(self._optimizers, state["optimizers"], strict=True):
+            settings = [{k: group[k] for k in _SETTINGS if k in group} for group in optimizer.param_groups]
             optimizer.load_state_dict(optimizer_state)
+            for group, own in zip(optimizer.param_groups, settings, strict=True):
+                group.update(own)  # those of this run's schedule, not of the one that wrote the checkpoint
         self.step, self.trained_s = state["step"], state["trained_s"]
 
 

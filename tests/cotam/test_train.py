@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from cotam.train import codec as trainer_module
 from cotam.train.codec import CodecTrainer
 from cotam.train.config import CodecTrainConfig, DataConfig
 from cotam.train.run import train_codec
-from tests.corpus import write_webdataset
+from tests.corpus import photograph, to_bytes, write_tar, write_webdataset
 
 SMALL = CodecConfig(
     M=32,
@@ -77,6 +79,11 @@ def test_a_run_resumes_and_exports_a_codec(
     before = weights.read_bytes()
     assert train_codec(longer, out, "cpu").read_bytes() == before  # bitstreams name the model that wrote them
 
+    other_settings = dataclasses.replace(longer, weight_decay=0.05, linear_lr_factor=0.5)
+    for optimizer_of_run in CodecTrainer(other_settings, out)._optimizers:
+        assert [group["factor"] for group in optimizer_of_run.param_groups] == [0.5, 1.0]
+        assert {group["weight_decay"] for group in optimizer_of_run.param_groups} == {0.05}
+
     further = dataclasses.replace(config, max_steps=5)
     train_codec(further, tmp_path / "further", "cpu", init=str(weights))
     with pytest.raises(ValueError, match="another shape"):
@@ -105,6 +112,27 @@ def test_a_run_of_two_processes_goes_on_in_one_and_back(config: CodecTrainConfig
         assert [len(optimizer["state"]) for optimizer in state["optimizers"]] == [num_trained]
         assert state["optimizers"][0]["param_groups"][0]["step"] == max_steps
     Codec.load(str(out / "codec.safetensors"))
+
+
+def test_what_is_no_image_does_not_end_a_training(config: CodecTrainConfig, tmp_path: Path) -> None:
+    """A bomb, a damaged PNG and a caption alone, beside one photograph; three quality levels."""
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + header
+    bomb += struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    photo = to_bytes(photograph(0, 160, 128), quality=90)
+    members = [
+        ("a.png", bomb),
+        ("b.png", to_bytes(photograph(1), format="PNG")[:60]),
+        ("c.txt", b"alone"),
+        ("d.jpg", photo),
+    ]
+    write_tar(tmp_path / "mixed.tar", members)
+    tars = (str(tmp_path / "mixed.tar"),)
+    data = dataclasses.replace(config.data, train=tars, evaluation=tars)
+    model = dataclasses.replace(SMALL, lmbdas=(0.001, 0.01, 0.1), M_levels=(8, 16, 32))
+    records: list[dict[str, Any]] = []
+    CodecTrainer(dataclasses.replace(config, data=data, model=model), tmp_path / "run").run(records.append)
+    assert [record["evaluation"]["quality"] for record in records if "evaluation" in record] == [1, 3]
 
 
 def test_training_lowers_the_loss(config: CodecTrainConfig, tmp_path: Path) -> None:
@@ -156,6 +184,10 @@ def test_config_file_errors_name_the_key(tmp_path: Path, codec: Codec) -> None:
     file.write_text("learning_rate: 1e-3\nmodel: {lmbdas: [1e-5, 0.1]}\n")  # text for YAML
     config = load_yaml(CodecTrainConfig, file)
     assert config.learning_rate == 1e-3 and config.model.lmbdas == (1e-5, 0.1)
+    for lmbdas in ("[0.1]", "[0.1, 0.01]", "[0.1, 0.1]", "[0, 0.1]"):
+        file.write_text(f"model: {{lmbdas: {lmbdas}}}\n")
+        with pytest.raises(ValueError, match="lmbdas must be two or more positive numbers that grow"):
+            load_yaml(CodecTrainConfig, file)
     packaged = Path(trainer_module.__file__).parent.parent / "configs/codec-base.yaml"
     assert load_yaml(CodecTrainConfig, packaged).model == codec.model.config
 
@@ -176,6 +208,9 @@ def test_other_quality_levels_start_between_those_that_were_trained(codec: Codec
         torch.testing.assert_close(same[name], tensor, rtol=1e-5, atol=1e-5)
 
     lmbdas = old.config.lmbdas
+    fewer = old.with_lmbdas(lmbdas[1::3])
+    assert fewer.config.M_levels == old.config.M_levels[1::3]
+    torch.testing.assert_close(fewer.gains.log_gain, old.gains.log_gain[1::3], rtol=1e-5, atol=1e-5)
     between = old.with_lmbdas((*((a * b) ** 0.5 for a, b in itertools.pairwise(lmbdas)), lmbdas[-1]))
     levels, filters = old.config.num_levels, old.z_context.weight.unflatten(0, (-1, old.config.num_levels))
     for k in range(levels - 1):
