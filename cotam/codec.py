@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from typing import NamedTuple, TypeVar
@@ -38,6 +37,7 @@ QualityIndex = int | NDArray[np.uint8]
 Group = tuple[int, int, bool, int]  # latent height and width, whether the quality is uniform, channels
 # Latent positions in a batch on a GPU: 33 megapixels, some 2 GiB of features.
 _MAX_BATCH_POSITIONS = 2**17
+_MAX_STRENGTH = 1e6  # of which float32 still tells one from two
 
 
 class CompressedImage(NamedTuple):
@@ -193,11 +193,11 @@ class Codec:
         uniform = round((quality - 1) * Q_STEPS)
         if importance is None or strength == 0:
             return uniform
-        values = torch.as_tensor(np.asarray(importance, dtype=np.float32))
+        values = torch.as_tensor(np.ascontiguousarray(importance, dtype=np.float32))
         if values.ndim != 2 or values.numel() == 0 or not bool(((values >= 0) & (values <= 1)).all()):
             raise ValueError("importance must be a 2-D map of values in [0, 1]")
-        if not math.isfinite(strength):
-            raise ValueError(f"strength {strength} is not a finite number")
+        if not abs(strength) <= _MAX_STRENGTH:
+            raise ValueError(f"strength {strength} is outside [-{_MAX_STRENGTH:g}, {_MAX_STRENGTH:g}]")
         size = _latent_size(*image.shape[:2])
         if values.shape != size:
             values = F.interpolate(values[None, None], size=size, mode="bilinear", antialias=True)[0, 0]

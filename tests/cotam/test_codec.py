@@ -240,6 +240,8 @@ def test_importance_without_contrast_or_strength_is_a_uniform_quality(
     uniform = codec.encode(image, 4)
     assert codec.encode(image, 4, importance, strength=0) == uniform
     assert codec.encode(image, 4, np.full((3, 3), 0.7)) == uniform
+    flipped = codec.encode(image, 4, importance[:, ::-1])
+    assert flipped == codec.encode(image, 4, importance[:, ::-1].copy()) != uniform
 
 
 def test_map_takes_at_most_3_percent(codec: Codec, photos: dict[str, RGBImage]) -> None:
@@ -277,6 +279,7 @@ _RGB = np.zeros((20, 30, 3), np.uint8)
         ({"importance": np.zeros((4, 4, 1))}, "importance must be"),
         ({"importance": np.zeros((0, 4))}, "importance must be"),
         ({"importance": np.eye(2), "strength": float("nan")}, "strength"),
+        ({"importance": np.ones((2, 2)), "strength": 1e39}, "strength"),
     ],
 )
 def test_unusable_arguments_are_named(codec: Codec, arguments: dict[str, Any], message: str) -> None:
