@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -185,7 +186,7 @@ def _run_wave(
             _Worker,
             batch_size=None,  # a whole task
             batch_format="pyarrow",
-            fn_constructor_args=(make_task, store_uri, progress, storage_configuration()),
+            fn_constructor_args=(make_task, store_uri, progress, storage_configuration(), _secrets()),
             compute=ActorPoolStrategy(size=min(num_workers, len(tasks)), max_tasks_in_flight_per_actor=1),
             num_cpus=resources.cpus_per_worker,
             num_gpus=resources.gpus_per_worker or None,
@@ -202,12 +203,23 @@ def _run_wave(
     return pa.chunked_array(settled, pa.string())
 
 
+def _secrets() -> dict[str, str]:
+    """Environment variables for workers on other machines; a runtime_env would show them on Ray's dashboard."""
+    return {name: os.environ[name] for name in ("OPENAI_API_KEY",) if name in os.environ}
+
+
 class _Worker:
     """The actor: one task, partitions one after another, every outcome recorded in the store."""
 
     def __init__(
-        self, make_task: Callable[[], PartitionTask], store_uri: str, progress: Any, storage: dict[str, Any]
+        self,
+        make_task: Callable[[], PartitionTask],
+        store_uri: str,
+        progress: Any,
+        storage: dict[str, Any],
+        secrets: dict[str, str],
     ) -> None:
+        os.environ.update(secrets)
         use_storage_configuration(storage)
         use_malloc_for_arrow()
         self._task = make_task()

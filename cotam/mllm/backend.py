@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -63,6 +63,17 @@ class MllmConfig:
         if "{question}" not in self.prompt:
             raise ValueError("the prompt has no {question} in it")
 
+    def identity(self) -> dict[str, Any]:
+        """What answers depend on: not how many at a time, nor at which address a served model is."""
+        values = dataclasses.asdict(self)
+        del values["batch_size"]
+        return {**values, "name": "served"} if self.is_served else values
+
+    @property
+    def is_served(self) -> bool:
+        """Whether it is behind an endpoint."""
+        return self.name.startswith(("http://", "https://"))
+
     def asked(self, question: str) -> str:
         """The prompt with a question in it; other braces are text."""
         return self.prompt.replace("{question}", question)
@@ -76,10 +87,9 @@ def load_mllm(config: MllmConfig, device: str = "cpu", codec_sha256: str = "") -
         FileNotFoundError: no such folder.
     """
     name = config.name
-    is_served = name.startswith(("http://", "https://"))
-    if config.adapter and (is_served or name.startswith("vllm:")):
+    if config.adapter and (config.is_served or name.startswith("vllm:")):
         raise ValueError("visual tokens need an MLLM in process, by transformers; use --input pixels")
-    if is_served:
+    if config.is_served:
         from cotam.mllm.served import ServedMllm
 
         return ServedMllm(config)

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import base64
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import openai
 from openai.types.chat import ChatCompletion
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from cotam.image import RGBImage, encode_image
 from cotam.mllm.backend import Asked, MllmConfig, MllmError
 
 _RETRIES = 4
 _TIMEOUT_S = 120.0
+_QUOTA_S = 600.0  # quotas are by the minute, and shared with others
+_FIRST_WAIT_S = 5.0
 
 
 class ServedMllm:
     """Asks an endpoint, ``config.batch_size`` requests at a time. The key is OPENAI_API_KEY, if there is one.
 
-    A request that the endpoint refuses costs its own answer; an endpoint that is away, overloaded for long, or refuses
-    the key or the model raises OSError.
+    A request that the endpoint refuses, or fails on while it answers others, costs its own answer. One whose quota is
+    used up is waited for. One that is away, fails on request after request, or refuses the key or the model raises
+    OSError.
     """
 
     def __init__(self, config: MllmConfig) -> None:
@@ -35,6 +41,14 @@ class ServedMllm:
             max_retries=_RETRIES,
             timeout=_TIMEOUT_S,
         )
+        self._options: dict[str, Any] = {"max_tokens": config.max_new_tokens, "temperature": 0.0}
+        self._until_quota = Retrying(
+            retry=retry_if_exception(_is_quota),
+            stop=stop_after_delay(_QUOTA_S),
+            wait=wait_random_exponential(multiplier=_FIRST_WAIT_S, max=60),
+            reraise=True,
+        )
+        self._lock, self._failed_in_a_row = threading.Lock(), 0
 
     def answer(self, asked: Sequence[Asked]) -> list[list[str | MllmError]]:
         """Answers. Raises OSError as described above."""
@@ -44,29 +58,35 @@ class ServedMllm:
                 url = _data_url(item.image)
                 futures.append([executor.submit(self._ask, url, question) for question in item.questions])
             try:
-                return [[future.result() for future in row] for row in futures]
+                answers = [[future.result() for future in row] for row in futures]
+                for k, row in enumerate(answers):
+                    for j, answer in enumerate(row):
+                        if isinstance(answer, _Failure):  # it may have been away for a moment
+                            row[j] = executor.submit(
+                                self._ask, _data_url(asked[k].image), asked[k].questions[j]
+                            ).result()
+                return answers
             except OSError:
                 executor.shutdown(cancel_futures=True)
                 raise
 
     def _ask(self, url: str, question: str) -> str | MllmError:
-        content = [
-            {"type": "image_url", "image_url": {"url": url}},
-            {"type": "text", "text": self.config.asked(question)},
-        ]
         try:
-            response = self._client.chat.completions.create(
-                model=self.config.served_model,
-                messages=[{"role": "user", "content": content}],  # type: ignore[list-item,misc]  # plain dictionaries
-                max_tokens=self.config.max_new_tokens,
-                temperature=0.0,
-            )
+            response = self._until_quota(self._response, url, question)
         except (openai.BadRequestError, openai.UnprocessableEntityError, openai.ConflictError) as error:
             return MllmError(self._one_line(error))
         except openai.APIError as error:
             if isinstance(error, openai.APIStatusError) and error.status_code == 413:  # of an image, not of the job
                 return MllmError(self._one_line(error))
+            if isinstance(error, openai.InternalServerError | openai.APITimeoutError):  # perhaps of this request alone
+                with self._lock:
+                    self._failed_in_a_row += 1
+                    if self._failed_in_a_row < 2 * max(2, self.config.batch_size):
+                        return _Failure(self._one_line(error))
             raise OSError(f"{self.config.name}: {self._one_line(error)}") from None
+        except ValueError:  # JSON that a proxy cut off
+            raise OSError(f"{self.config.name} sends answers that are not whole") from None
+        self._failed_in_a_row = 0
         if not isinstance(response, ChatCompletion):
             raise OSError(f"{self.config.name} answers, but not as an OpenAI-compatible endpoint does")
         choice = response.choices[0] if response.choices else None
@@ -75,9 +95,42 @@ class ServedMllm:
             return MllmError("the answer had not begun where it was cut off: raise --max-new-tokens")
         return MllmError("the endpoint sent no answer") if text is None else text.strip()
 
+    def _response(self, url: str, question: str) -> object:
+        """The endpoint's; what it says it does not know of our options is left out from then on."""
+        content = [
+            {"type": "image_url", "image_url": {"url": url}},
+            {"type": "text", "text": self.config.asked(question)},
+        ]
+        options = self._options
+        while True:
+            try:
+                return self._client.chat.completions.create(
+                    model=self.config.served_model,
+                    messages=[{"role": "user", "content": content}],  # type: ignore[list-item,misc]  # plain dictionaries
+                    **options,
+                )
+            except openai.BadRequestError as error:
+                message = str(error)
+                if "max_tokens" in options and "max_completion_tokens" in message:
+                    options = {**options, "max_completion_tokens": options["max_tokens"]}
+                    del options["max_tokens"]
+                elif "temperature" in options and "temperature" in message:
+                    options = {name: value for name, value in options.items() if name != "temperature"}
+                else:
+                    raise
+                self._options = options
+
     def _one_line(self, error: Exception) -> str:
         text = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return (text.replace(self._key, "***") if self._key else text)[:300]  # some endpoints repeat the key
+
+
+class _Failure(MllmError):
+    """A request that the endpoint failed on, rather than refused."""
+
+
+def _is_quota(error: BaseException) -> bool:
+    return isinstance(error, openai.RateLimitError) and error.code != "insufficient_quota"  # that one is not refilled
 
 
 def _data_url(image: RGBImage) -> str:

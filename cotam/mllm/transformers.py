@@ -15,9 +15,11 @@ from transformers.utils import logging
 
 from cotam.adapter import Adapter, check_fit, first_layer, load_adapter, tower_sha256
 from cotam.mllm.backend import Asked, Mllm, MllmConfig, MllmError
+from cotam.models.transforms import LATENT_STRIDE
 from cotam.weights import model_folder
 
 _MAX_SEQUENCES = 64  # of one call of generate
+_CLIP = "clip_vision_model"
 
 
 def load_transformers(config: MllmConfig, device: str, codec_sha256: str = "") -> Mllm:
@@ -34,10 +36,13 @@ def load_transformers(config: MllmConfig, device: str, codec_sha256: str = "") -
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"cannot load MLLM {config.name}: {str(error).splitlines()[0]}") from error
     tower = ""
-    if isinstance(model, LlavaForConditionalGeneration):
+    # Pixtral is of this class, too, but its tower has no token of its own beside the patches, and images of any shape.
+    vision: Any = getattr(model.config, "vision_config", None)
+    is_llava = isinstance(model, LlavaForConditionalGeneration) and vision.model_type == _CLIP
+    if is_llava:
         tower = tower_sha256(model.model.vision_tower)  # as it is stored: in bfloat16 it would be another
     model = model.to(device, _dtype_on(device)).eval().requires_grad_(False)
-    if isinstance(model, LlavaForConditionalGeneration):
+    if is_llava:
         return LlavaMllm(config, model, processor, tower, codec_sha256)
     if config.adapter:
         raise ValueError(f"{config.name} has no token path, which the LLaVA family has; use --input pixels")
@@ -66,9 +71,17 @@ class TransformersMllm:
         answers: list[list[str | MllmError]] = [[] for _ in asked]
         for start in range(0, len(pairs), _MAX_SEQUENCES):
             chunk = pairs[start : start + _MAX_SEQUENCES]
-            for (k, _), text in zip(chunk, self._generate(asked, chunk), strict=True):
-                answers[k].append(text.strip())
+            for (k, _), answer in zip(chunk, self._answers(asked, chunk), strict=True):
+                answers[k].append(answer)
         return answers
+
+    def _answers(self, asked: Sequence[Asked], pairs: list[tuple[int, str]]) -> list[str | MllmError]:
+        try:
+            return [text.strip() for text in self._generate(asked, pairs)]
+        except ValueError as error:  # an image that the processor does not take must not fail the others
+            if len(pairs) > 1:
+                return [answer for pair in pairs for answer in self._answers(asked, [pair])]
+            return [MllmError(" ".join(str(error).split())[:300])]
 
     @torch.inference_mode()
     def _generate(self, asked: Sequence[Asked], pairs: list[tuple[int, str]]) -> list[str]:
@@ -79,14 +92,17 @@ class TransformersMllm:
         return texts
 
     def _inputs(self, asked: Sequence[Asked], pairs: list[tuple[int, str]]) -> dict[str, Tensor]:
-        images = [Image.fromarray(asked[k].image) for k, _ in pairs]
-        return self._processed(images, [question for _, question in pairs])
+        images = {k: Image.fromarray(asked[k].image) for k in {k for k, _ in pairs}}  # each a copy
+        return self._processed([images[k] for k, _ in pairs], [question for _, question in pairs])
 
-    def _processed(self, images: list[Image.Image] | None, questions: list[str]) -> dict[str, Tensor]:
+    def _processed(self, images: list[Image.Image], questions: list[str]) -> dict[str, Tensor]:
         text = [self._prompt(question) for question in questions]
         # A template that has the first token already must not get another one.
         options = {"add_special_tokens": False} if self._starts_itself(text) else {}
-        inputs = self.processor(images=images, text=text, padding=True, return_tensors="pt", **options)
+        # Some processors take a flat list for the images of one text.
+        inputs = self.processor(
+            images=[[image] for image in images], text=text, padding=True, return_tensors="pt", **options
+        )
         return dict(inputs.to(self.model.device, dtype=self.model.dtype))
 
     def _starts_itself(self, prompts: list[str]) -> bool:
@@ -125,7 +141,8 @@ class LlavaMllm(TransformersMllm):
         used = sorted({k for k, _ in pairs})
         features = self._features([asked[k] for k in used])
         num_tokens = features.shape[1]
-        text = [self._prompt(question).replace("<image>", "<image>" * num_tokens) for _, question in pairs]
+        token = self.processor.image_token
+        text = [self._prompt(question).replace(token, token * num_tokens) for _, question in pairs]
         begin = not self._starts_itself(text)
         tokens = self.processor.tokenizer(text, padding=True, return_tensors="pt", add_special_tokens=begin)
         ids = tokens["input_ids"].to(self.model.device)
@@ -148,9 +165,31 @@ class LlavaMllm(TransformersMllm):
         for item in asked:
             if item.y_hat is None:
                 raise ValueError("visual tokens need bitstreams: SRC must be the output of `cotam encode`")
-            tokens.append(self.adapter(item.y_hat[None].to(self.model.device), rows, columns)[0])
+            seen = seen_part(item.y_hat, item.image.shape[:2], self.processor.image_processor)
+            tokens.append(self.adapter(seen[None].to(self.model.device), rows, columns)[0])
         with adding_tokens(self.tower, torch.stack(tokens)):
             return torch.stack(list(self.model.model.get_image_features(pixels).pooler_output))
+
+
+def seen_part(y_hat: Tensor, size: Sequence[int], image_processor: Any) -> Tensor:
+    """The part (M, h', w') of ``y_hat`` (M, h, w) that a tower sees of an image of ``size`` (height, width).
+
+    LLaVA-1.5 scales the shorter side and crops the centre; to a position of the latents, which is 16 pixels.
+    """
+    if not getattr(image_processor, "do_center_crop", False):
+        return y_hat
+    target, crop = image_processor.size, image_processor.crop_size
+    shortest = target.get("shortest_edge")
+    spans = []
+    for length, side in zip(size, ("height", "width"), strict=True):
+        scale = shortest / min(size) if shortest else target[side] / length
+        seen = crop[side] / scale
+        if seen >= length:
+            spans.append(slice(None))
+            continue
+        start = round((length - seen) / 2 / LATENT_STRIDE)
+        spans.append(slice(start, max(start + 1, round((length + seen) / 2 / LATENT_STRIDE))))
+    return y_hat[:, spans[0], spans[1]]
 
 
 @contextmanager

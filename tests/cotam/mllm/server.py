@@ -12,7 +12,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from cotam.image import decode_image
 from cotam.mllm.backend import Asked, Mllm, MllmConfig, load_mllm
@@ -25,6 +25,9 @@ class Served:
     url: str
     faults: list[int] = dataclasses.field(default_factory=list)
     refused: str = ""
+    broken: str = ""
+    unknown: tuple[str, ...] = ()
+    cut: bool = False
     odd: Any = None
     under_way: int = 0
     most_under_way: int = 0
@@ -36,6 +39,7 @@ class Served:
 def serving(name: str) -> Iterator[Served]:
     """Serve the MLLM ``name``. ``faults``: status codes of the next requests; ``refused``: a question that gets 400.
 
+    ``broken``: one that always gets 500. ``unknown``: options that get 400. ``cut``: answers break off.
     ``odd``: what every request gets while it is set: text as a page, anything else as a refusal of the key.
     """
     mllm: Mllm = load_mllm(MllmConfig(name=name))
@@ -59,6 +63,13 @@ def serving(name: str) -> Iterator[Served]:
             if fault:
                 return JSONResponse({"error": {"message": "busy"}}, fault)
             image, text = (part[part["type"]] for part in body["messages"][0]["content"])
+            for option in set(served.unknown) & body.keys():
+                instead = " Use 'max_completion_tokens' instead." if option == "max_tokens" else ""
+                return JSONResponse({"error": {"message": f"Unsupported parameter: '{option}'.{instead}"}}, 400)
+            if text == served.broken:
+                return JSONResponse({"error": {"message": "out of memory"}}, 500)
+            if served.cut:
+                return Response('{"id": "1", "choices": [{"mess', media_type="application/json")
             if text == served.refused:
                 return JSONResponse({"error": {"message": "not this one"}}, 400)
             pixels = decode_image(base64.b64decode(image["url"].partition(",")[2])).pixels

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from tokenizers.processors import TemplateProcessing
+from transformers import CLIPImageProcessor
 
 from cotam.mllm.backend import Asked, MllmConfig, MllmError, load_mllm
-from cotam.mllm.transformers import LlavaMllm, TransformersMllm
+from cotam.mllm.transformers import LlavaMllm, TransformersMllm, seen_part
 from cotam.sceneqa.questions import scene_questions
 from cotam.sceneqa.render import render
 from cotam.sceneqa.scene import sample_scene
@@ -72,6 +76,98 @@ def test_a_refused_question_costs_its_own_answer(served: Served, expected: list[
     assert isinstance(refused, MllmError) and "not this one" in str(refused)
     pairs = [(a, e) for got, right in zip(answers, expected, strict=True) for a, e in zip(got, right, strict=True)]
     assert all(a == e for a, e in pairs if a is not refused)
+
+
+def test_options_that_an_endpoint_does_not_know_are_left_out(
+    served: Served, expected: list[list[str | MllmError]]
+) -> None:
+    served.unknown, before = ("max_tokens", "temperature"), served.num_requests
+    try:
+        assert ask_served(served, batch_size=1) == expected
+    finally:
+        served.unknown = ()
+    assert served.num_requests == before + NUM_QUESTIONS + 2  # told once
+
+
+def test_a_used_up_quota_is_waited_for(
+    served: Served, expected: list[list[str | MllmError]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cotam.mllm.served._RETRIES", 0)
+    monkeypatch.setattr("cotam.mllm.served._FIRST_WAIT_S", 0.02)
+    served.faults[:] = [429] * 12
+    assert ask_served(served) == expected
+    monkeypatch.setattr("cotam.mllm.served._QUOTA_S", 0.1)
+    served.faults[:] = [429] * 100
+    with pytest.raises(OSError, match="RateLimitError"):
+        ask_served(served)
+    served.faults.clear()
+
+
+def test_a_request_that_always_fails_costs_its_own_answer_and_one_after_another_is_an_outage(
+    served: Served, expected: list[list[str | MllmError]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cotam.mllm.served._RETRIES", 0)
+    served.broken = ASKED[2].questions[-1]
+    try:
+        answers = ask_served(served)
+    finally:
+        served.broken = ""
+    assert isinstance(answers[2][-1], MllmError) and "out of memory" in str(answers[2][-1])
+    assert answers[:2] == expected[:2] and answers[2][:-1] == expected[2][:-1]
+    served.faults[:] = [500]
+    assert ask_served(served) == expected  # asked again at the end
+    served.faults[:] = [500] * NUM_QUESTIONS
+    with pytest.raises(OSError, match="busy"):
+        ask_served(served)
+    assert len(served.faults) > NUM_QUESTIONS - 8  # it did not try all of them
+    served.faults.clear()
+    served.cut = True
+    try:
+        with pytest.raises(OSError, match="not whole"):
+            ask_served(served)
+    finally:
+        served.cut = False
+
+
+def test_an_image_that_the_processor_does_not_take_costs_its_own_answers(
+    expected: list[list[str | MllmError]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llava = load_mllm(MllmConfig())
+    assert isinstance(llava, LlavaMllm)
+    for mllm in (llava, TransformersMllm(llava.config, llava.model, llava.processor)):
+        inputs = mllm._inputs
+
+        def refusing(asked, pairs, inputs=inputs):  # type: ignore[no-untyped-def]
+            if any(asked[k].image is IMAGES[1] for k, _ in pairs):
+                raise ValueError("absolute aspect ratio must be smaller than 200")
+            return inputs(asked, pairs)
+
+        monkeypatch.setattr(mllm, "_inputs", refusing)
+        answers = mllm.answer(ASKED)
+        assert answers[0] == expected[0] and answers[2] == expected[2]
+        assert all(isinstance(answer, MllmError) and "aspect" in str(answer) for answer in answers[1])
+
+
+@pytest.mark.parametrize("size", [(256, 768), (768, 256), (336, 336), (100, 1000), (20, 20)])
+def test_tokens_come_from_what_the_tower_sees_of_an_image(size: tuple[int, int]) -> None:
+    """LLaVA-1.5 sees the middle of an image; the latents are numbered by their positions here."""
+    processor = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    height, width = size
+    rows, columns = -(-height // 16), -(-width // 16)
+    y_hat = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")).float()
+    gradient = np.zeros((height, width, 3), np.uint8)
+    gradient[..., 0] = np.linspace(0, 255, height)[:, None]
+    gradient[..., 1] = np.linspace(0, 255, width)
+    still = CLIPImageProcessor(
+        size=processor.size, crop_size=processor.crop_size, do_normalize=False, do_rescale=False
+    )(Image.fromarray(gradient), return_tensors="np")["pixel_values"][0]
+    seen = seen_part(y_hat, size, processor)
+    for channel, length in enumerate(size):
+        first, last = (edge / 255 * (length - 1) for edge in (still[channel].min(), still[channel].max()))
+        half = 8 + length / 255  # of a position, and what 8 bits tell
+        assert 16 * float(seen[channel].min()) == pytest.approx(first, abs=half)
+        assert min(length, 16 * float(seen[channel].max()) + 16) == pytest.approx(last + 1, abs=half)
+    assert seen_part(y_hat, size, CLIPImageProcessor(do_center_crop=False)) is y_hat
 
 
 def test_an_endpoint_that_is_away_or_refuses_the_key_is_an_os_error(
