@@ -70,7 +70,7 @@ def infer(
         name=mllm, served_model=served_model, prompt=prompt, max_new_tokens=max_new_tokens, batch_size=batch_size,
         adapter=adapter if input_kind == "tokens" else "",
     )  # fmt: skip
-    QuestionSource(task)  # a bad file is better told now than by every worker
+    num_in_task = QuestionSource(task).num_questions  # a bad file is better told now than by every worker
     source = RunStore(src)
     made_with: dict[str, Any] = {}
     if source.root.exists("_cotam/manifest.json"):
@@ -86,7 +86,7 @@ def infer(
     )  # fmt: skip
     store = RunStore(dst)
     with store.lock():
-        store.open_run("infer", dataclasses.asdict(config), [src])
+        store.open_run("infer", {**dataclasses.asdict(config), "mllm": asked.identity()}, [src])
         device = "cuda" if gpus_per_worker else "cpu"
         make_task = partial(InferTask, config, device, max(1, round(cpus_per_worker)))
         resources = Resources(
@@ -101,6 +101,7 @@ def infer(
             ids = {p.partition_id for p in partitions}
             paths = [record.data for record in store.completions() if record.partition_id in ids]
             metrics = summarise(read_predictions(store.root, paths), metric)
+            metrics["num_not_asked"] = max(0, num_in_task - metrics["num_questions"]) if num_in_task is not None else 0
             store.root.write_json("metrics.json", metrics)
     if as_json:
         print_json(metrics)
@@ -119,5 +120,7 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
         low, high = result["ci95"]
         asked = f"{result['num_questions']} questions, blind {result['blind']:.1%}"
         say(f"  {name:10} {result['score']:6.1%}  ({low:.1%} to {high:.1%}, {asked})")
+    if metrics["num_not_asked"]:
+        say(f"{metrics['num_not_asked']} questions of the task are about no image of SRC, or a reject: not counted.")
     if metrics["num_errors"]:
         say(f"{metrics['num_errors']} questions have no answer; the column `error` says why.")

@@ -102,7 +102,7 @@ def sweep(
     partitions = list_partitions(src, None)
     store = RunStore(dst)
     with store.lock():
-        store.open_run("sweep", dataclasses.asdict(config), [src])
+        store.open_run("sweep", {**dataclasses.asdict(config), "mllm": asked.identity()}, [src])
         device = "cuda" if gpus_per_worker else "cpu"
         make_task = partial(SweepTask, config, device, max(1, round(cpus_per_worker)))
         resources = Resources(
@@ -121,6 +121,10 @@ def sweep(
     if as_json:
         print_json(results)
         return
+    if not results["num_questions"]:
+        say("No questions: no key of SRC is in the task.")
+    if results["num_errors"]:
+        say(f"{results['num_errors']} answers are missing and count as wrong; the column `error` says why.")
     for saved in results["savings"]:
         interval = "" if saved["low"] is None else f" ({saved['low']:+.1f} to {saved['high']:+.1f})"
         say(f"{saved['test']} saves {saved['percent']:+.1f} %{interval} against {saved['reference']}")

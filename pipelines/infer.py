@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,6 +110,7 @@ class InferTask:
         counts = Counter(self.command, partition, report)
         times = counts.times
         views = prefetch(self._views(partition, times), 2 * self._num_threads)
+        answered = Answered()
         runs = batches(views, lambda view: view.pixels.size // 3, self._config.mllm.batch_size, _BATCH_PIXELS)
         with tempfile.TemporaryDirectory(prefix="cotam-") as folder:
             path, bad = Path(folder) / "predictions.parquet", Path(folder) / "rejects.parquet"
@@ -127,7 +128,9 @@ class InferTask:
                     with times.measure("mllm"):
                         rows = ask(self._mllm, asked, self._config.metric)
                     if rows:
+                        answered.add(rows)
                         writer.write_table(pa.Table.from_pylist(rows, PREDICTION_SCHEMA))
+            answered.check()
             return publish_shard(store, partition, path, rejects, counts)
 
     def _views(self, partition: Partition, times: StageTimes) -> Iterator[View | Reject]:
@@ -144,6 +147,23 @@ class InferTask:
                 row = item.row
                 sizes = len(row.bitstream), row.source_num_bytes
                 yield View(row.key, row.source, row.members, item.pixels, *sizes, item.y_hat)
+
+
+class Answered:
+    """Whether any question of a partition has an answer: where none has, the MLLM is at fault."""
+
+    def __init__(self) -> None:
+        self._any, self._error = False, ""
+
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Note rows of ``PREDICTION_SCHEMA``."""
+        self._any = self._any or any(row["error"] is None for row in rows)
+        self._error = self._error or next((row["error"] for row in rows if row["error"]), "")
+
+    def check(self) -> None:
+        """Raise RuntimeError where there were questions and no answer: the partition fails, and a rerun asks again."""
+        if self._error and not self._any:
+            raise RuntimeError(f"no question has an answer: {self._error}")
 
 
 def read_views(

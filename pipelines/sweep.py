@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +33,7 @@ from cotam.tasks.questions import Question, QuestionSource
 from cotam.tasks.results import PREDICTION_SCHEMA
 from cotam.tasks.scores import SCORES
 from pipelines.counter import Counter, Report
-from pipelines.infer import View, ask, read_views, with_questions
+from pipelines.infer import Answered, View, ask, read_views, with_questions
 from pipelines.pinned import load_codec
 from pipelines.publish import publish_shard
 
@@ -137,7 +138,7 @@ class SweepTask:
     def process(self, partition: Partition, store: RunStore, report: Report) -> Completion:
         """Measure one partition; publishes rejects, then rows. Errors as ``PartitionTask.process``."""
         counts = Counter(self.command, partition, report)
-        times = counts.times
+        times, answered = counts.times, Answered()
         views = read_views(read_partition(partition), self._config.max_pixels, self._num_threads, times)
         with tempfile.TemporaryDirectory(prefix="cotam-") as folder:
             path, bad = Path(folder) / "rows.parquet", Path(folder) / "rejects.parquet"
@@ -152,10 +153,12 @@ class SweepTask:
                             counts.reject(item)
                         else:
                             asked.append(item)
-                    for table in self._measure(asked, times) if asked else ():
-                        writer.write_table(table)
+                    for rows in self._measure(asked, times) if asked else ():
+                        answered.add(rows)
+                        writer.write_table(pa.Table.from_pylist(rows, SWEEP_SCHEMA))
                     for view, _ in asked:
                         counts.image(view.pixels.size // 3, view.source_num_bytes, view.num_bytes)
+            answered.check()
             return publish_shard(store, partition, path, rejects, counts)
 
     def _that_fits(self, view: View | Reject) -> View | Reject:
@@ -168,7 +171,7 @@ class SweepTask:
                     return Reject(key=view.key, source=view.source, stage="encode", error=error, image=None)
         return view
 
-    def _measure(self, asked: list[tuple[View, list[Question]]], times: StageTimes) -> Iterator[pa.Table]:
+    def _measure(self, asked: list[tuple[View, list[Question]]], times: StageTimes) -> Iterator[list[dict[str, Any]]]:
         views, questions = zip(*asked, strict=True)
         with times.measure("importance"):
             maps = self._estimator([view.pixels for view in views]) if self._estimator is not None else None
@@ -184,7 +187,7 @@ class SweepTask:
             psnr = {d.key: psnr_rgb(v.pixels, d.pixels) for v, d in zip(views, decoded, strict=True)}
             if rows:
                 same = dataclasses.asdict(point)
-                yield pa.Table.from_pylist([{**same, "psnr_rgb": psnr[r["key"]], **r} for r in rows], SWEEP_SCHEMA)
+                yield [{**same, "psnr_rgb": psnr[r["key"]], **r} for r in rows]
 
     def _store(self, views: Sequence[View], point: Point, maps: list[ImportanceMap] | None) -> Sequence[View]:
         """The images as they come back from their bytes at ``point``."""

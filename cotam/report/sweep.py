@@ -18,15 +18,15 @@ from cotam.tasks.curves import Curve, Measured, measured_curves, saving
 from cotam.tasks.results import read_predictions
 
 _LEVELS = {"low": "low (read)", "high": "high (scene)", "cross": "cross (relations)"}
-_Z95 = 1.959964
 
 
 def results_of(store: RunStore, paths: Sequence[str], metric: str) -> dict[str, Any]:
     """JSON-serialisable results of a sweep's data files.
 
     Returns:
-        metric; original: score without any loss; curves by name, lists of points in order of bpp; savings of every
-        curve against every other that it should be compared with; the same curves by level.
+        metric; num_errors: answers that are missing, over all points, which count as wrong; original: score without any
+        loss; curves by name, lists of points in order of bpp; savings of every curve against every other that it
+        should be compared with; the same curves by level, and by type.
     """
     rows = [_slim(row) for row in read_predictions(store.root, paths)]
     curves = measured_curves(rows, _curve_of)
@@ -35,6 +35,7 @@ def results_of(store: RunStore, paths: Sequence[str], metric: str) -> dict[str, 
         "metric": metric,
         "num_images": len(original[0].bits) if original else 0,
         "num_questions": int(original[0].questions.sum()) if original else 0,
+        "num_errors": sum(row["error"] is not None for row in rows),
         "original": _point(original[0]) if original else None,
         "curves": {name: [_point(m) for m in curve] for name, curve in curves.items()},
         "savings": _savings(curves),
@@ -64,7 +65,8 @@ def sweep_parts(results: Mapping[str, Any]) -> list[str]:
         f" real answers. On the originals: {original['score']:.1%} {html.escape(results['metric'].replace('_', ' '))},"
         f" {original['bpp']:.2f} bpp as their files are.</p>"
         if original
-        else "",
+        else "<p>No question of the task is about these images.</p>",
+        _errors_note(results),
         plot(figure, "Score and PSNR against bits per pixel"),
         "<h3>By level</h3>",
         plot(levels, "Score against bits per pixel by level"),
@@ -75,8 +77,18 @@ def sweep_parts(results: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _errors_note(results: Mapping[str, Any]) -> str:
+    if not results["num_errors"]:
+        return ""
+    missing = [(f"{name} at {p['quality']:g}", p["num_errors"]) for name, c in results["curves"].items() for p in c]
+    missing += [("the originals", results["original"]["num_errors"])] if results["original"] else []
+    worst = sorted((m for m in missing if m[1]), key=lambda m: -m[1])[:5]
+    most = ", ".join(f"{html.escape(name)} ({num})" for name, num in worst)
+    return f"<p><b>{results['num_errors']} answers are missing and count as wrong</b>, most of them: {most}.</p>"
+
+
 def _slim(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in ("question", "answers", "prediction", "error")}
+    return {name: value for name, value in row.items() if name not in ("question", "answers", "prediction")}
 
 
 def _curve_of(row: Mapping[str, Any]) -> str:
@@ -97,18 +109,15 @@ def _part(rows: list[dict[str, Any]], level: str | None = None, kind: str | None
 
 
 def _point(measured: Measured) -> dict[str, float]:
-    score = measured.score()
-    # Images are the clusters of a ratio estimator (Cochran 1977, chapter 6).
-    residuals = measured.scores - score * measured.questions
-    num = len(residuals)
-    error = float(np.sqrt((residuals**2).sum() * num / max(1, num - 1)) / measured.questions.sum())
+    low, high = measured.sums().interval()
     finite = measured.psnr_rgb[np.isfinite(measured.psnr_rgb)]
     return {
         "quality": measured.quality,
         "bpp": measured.bpp(),
-        "score": score,
-        "low": max(0.0, score - _Z95 * error),
-        "high": min(1.0, score + _Z95 * error),
+        "score": measured.score(),
+        "low": low,
+        "high": high,
+        "num_errors": int(measured.failed.sum()),
         "psnr_rgb": float(finite.mean()) if len(finite) else 0.0,
     }
 
@@ -151,8 +160,9 @@ def _savings_table(savings: Sequence[Mapping[str, Any]]) -> str:
         interval = "" if s["low"] is None else f"{s['low']:+.1f} to {s['high']:+.1f}"
         good = "good" if s["percent"] > 0 else "bad"
         percent = f'<span class="{good}">{s["percent"]:+.1f} %</span>'
-        rows.append([html.escape(s["test"]), html.escape(s["reference"]), percent, interval])
-    return table(["curve", "against", "bits saved", "95 % interval"], rows)
+        scores = f"{s['lowest_score']:.1%} to {s['highest_score']:.1%}"
+        rows.append([html.escape(s["test"]), html.escape(s["reference"]), percent, interval, scores])
+    return table(["curve", "against", "bits saved", "95 % interval", "over scores of"], rows)
 
 
 def _points_table(curves: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
 from cotam.metrics import bd_rate
+from cotam.tasks.intervals import ImageSums
 
 _Floats = NDArray[np.float64]
 _NUM_RESAMPLES = 400
@@ -19,7 +20,7 @@ class Measured(NamedTuple):
     """One operating point on N images, each array float64 (N,) in the same order of images.
 
     bits, pixels: stored bits, and pixels of the original. scores: summed over an image's questions, questions: their
-    number. psnr_rgb: dB, infinite where nothing was lost.
+    number, failed: how many of them have no answer. psnr_rgb: dB, infinite where nothing was lost.
     """
 
     quality: float
@@ -27,7 +28,15 @@ class Measured(NamedTuple):
     pixels: _Floats
     scores: _Floats
     questions: _Floats
+    failed: _Floats
     psnr_rgb: _Floats
+
+    def sums(self) -> ImageSums:
+        """For intervals of the score."""
+        sums = ImageSums()
+        for score, questions in zip(self.scores.tolist(), self.questions.tolist(), strict=True):
+            sums.add(score, questions)
+        return sums
 
     def bpp(self, weights: _Floats | None = None) -> float:
         """All bits over all pixels; ``weights`` (N,) say how often each image counts."""
@@ -44,12 +53,15 @@ Curve = list[Measured]  # growing in bits per pixel
 class Saving(NamedTuple):
     """Bits that one curve saves against another at equal score, in per cent (positive is less), with a 95 % interval.
 
-    low and high are None where too few resamples of the images gave curves that overlap.
+    low and high are None where too few resamples of the images gave curves that overlap. lowest_score and
+    highest_score bound what both curves reach, over which it is a mean.
     """
 
     percent: float
     low: float | None
     high: float | None
+    lowest_score: float
+    highest_score: float
 
 
 def measured_curves(
@@ -70,9 +82,10 @@ def measured_curves(
         image = images.setdefault((row["source"], row["key"]), len(images))
         point = points.setdefault((curve_of(row), row["quality"]), {})
         size = [8.0 * row["num_bytes"], float(row["width"] * row["height"])]
-        entry = point.setdefault(image, [*size, 0.0, 0.0, row["psnr_rgb"]])
+        entry = point.setdefault(image, [*size, 0.0, 0.0, 0.0, row["psnr_rgb"]])
         entry[2] += row["score"]
         entry[3] += 1
+        entry[4] += row["error"] is not None
     curves: dict[str, Curve] = {}
     for (name, quality), entries in points.items():
         columns = np.array([entries[image] for image in sorted(entries)]).T
@@ -87,10 +100,15 @@ def saving(reference: Curve, test: Curve, seed: int = 0) -> Saving | None:
     regression). The interval comes from resampling images, the same for both curves.
 
     Returns:
-        None where the curves reach no common score.
+        None where the curves share no range of scores that is wider than a point of theirs is sure to (twice the
+        standard error): a saving over less would be chance.
     """
     estimate = _saving(reference, test, None)
     if estimate is None:
+        return None
+    scores = [[score for _, score in _growing(curve, None)] for curve in (reference, test)]
+    lowest, highest = max(s[0] for s in scores), min(s[-1] for s in scores)
+    if highest - lowest < 2 * np.mean([m.sums().standard_error() for m in (*reference, *test)]):
         return None
     rng = np.random.default_rng(seed)
     num_images = len(reference[0].bits)
@@ -102,9 +120,9 @@ def saving(reference: Curve, test: Curve, seed: int = 0) -> Saving | None:
             if value is not None:
                 resampled.append(value)
     if len(resampled) < _NUM_RESAMPLES // 2:
-        return Saving(estimate, None, None)
+        return Saving(estimate, None, None, lowest, highest)
     low, high = np.percentile(resampled, [2.5, 97.5])
-    return Saving(estimate, float(low), float(high))
+    return Saving(estimate, float(low), float(high), lowest, highest)
 
 
 def _saving(reference: Curve, test: Curve, weights: _Floats | None) -> float | None:

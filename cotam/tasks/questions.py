@@ -40,6 +40,9 @@ class QuestionSource:
     Args:
         task: a .jsonl or .parquet file, "member:NAME", or "sceneqa", whose samples bring theirs as a member.
 
+    Attributes:
+        num_questions: in the file; None for a member.
+
     Raises:
         ValueError, OSError: as ``read_questions``.
     """
@@ -48,6 +51,7 @@ class QuestionSource:
         task = SCENEQA_MEMBER if task == "sceneqa" else task
         self._member = task.removeprefix("member:") if task.startswith("member:") else None
         self._by_key = read_questions(task) if self._member is None else {}
+        self.num_questions = sum(map(len, self._by_key.values())) if self._member is None else None
 
     def __call__(self, key: str, members: Mapping[str, Any]) -> list[Question]:
         """Of the image ``key``; none where nobody asks. Raises ValueError where the member is no list of questions."""

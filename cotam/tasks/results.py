@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import Any
@@ -13,9 +11,9 @@ import pyarrow.parquet as pq
 
 from cotam.store.fs import Root
 from cotam.tasks.blind import AskedQuestion, blind_answers
+from cotam.tasks.intervals import ImageSums
 from cotam.tasks.scores import SCORES, yes_no
 
-_Z95 = 1.959964  # of the normal distribution
 PREDICTION_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string()),
@@ -35,50 +33,21 @@ PREDICTION_SCHEMA = pa.schema(
 )
 
 
-@dataclasses.dataclass
 class _Mean:
-    """A mean over questions, and how sure it is, when the questions of an image are no independent draws."""
+    """A mean over questions, and what guessing blind gives."""
 
-    num: int = 0
-    total: float = 0.0
-    blind: float = 0.0
-    _squares: float = 0.0
-    _products: float = 0.0
-    _counts: float = 0.0
-    _images: int = 0
-
-    def add_image(self, scores: list[float]) -> None:
-        total, num = sum(scores), len(scores)
-        self.num += num
-        self.total += total
-        self._squares += total * total
-        self._products += total * num
-        self._counts += num * num
-        self._images += 1
+    def __init__(self) -> None:
+        self.sums, self.blind = ImageSums(), 0.0
 
     def result(self) -> dict[str, Any]:
-        """Mean and 95 % interval: Wilson's, with the variance of the ratio estimator whose clusters are images.
-
-        Wilson 1927; Cochran 1977, chapter 6. The plain interval is a point where all answers are right.
-        """
-        mean = self.total / self.num
-        spread = max(0.0, self._squares - 2 * mean * self._products + mean * mean * self._counts)
-        variance = spread * self._images / max(1, self._images - 1) / self.num**2
-        # So many independent questions would be as sure; where all images agree, each is one.
-        effective = mean * (1 - mean) / variance if variance > 1e-12 and 0 < mean < 1 else self._images
+        """JSON-serialisable."""
+        num = round(self.sums.questions)
         return {
-            "score": mean,
-            "ci95": _wilson(mean, max(1.0, effective)),
-            "num_questions": self.num,
-            "blind": self.blind / self.num,
+            "score": self.sums.score / num,
+            "ci95": list(self.sums.interval()),
+            "num_questions": num,
+            "blind": self.blind / num,
         }
-
-
-def _wilson(mean: float, num: float) -> list[float]:
-    centre = mean + _Z95**2 / (2 * num)
-    width = _Z95 * math.sqrt(mean * (1 - mean) / num + _Z95**2 / (4 * num**2))
-    scale = 1 + _Z95**2 / num
-    return [max(0.0, (centre - width) / scale), min(1.0, (centre + width) / scale)]
 
 
 def summarise(rows: Iterable[Mapping[str, Any]], metric: str) -> dict[str, Any]:
@@ -105,10 +74,11 @@ def summarise(rows: Iterable[Mapping[str, Any]], metric: str) -> dict[str, Any]:
         num_bytes += asked[0]["num_bytes"]
         num_pixels += asked[0]["width"] * asked[0]["height"]
         num_errors += sum(row["error"] is not None for row in asked)
-        overall.add_image([row["score"] for row in asked])
+        overall.sums.add(sum(row["score"] for row in asked), len(asked))
         for means, name in ((by_type, "type"), (by_level, "level")):
             for value in {row[name] for row in asked if row[name]}:
-                means.setdefault(value, _Mean()).add_image([r["score"] for r in asked if r[name] == value])
+                scores = [r["score"] for r in asked if r[name] == value]
+                means.setdefault(value, _Mean()).sums.add(sum(scores), len(scores))
         for row in asked:
             alone = AskedQuestion(row["question"], row["type"], tuple(row["answers"]), num_images)
             asked_alone.append((alone, row["level"]))
@@ -123,11 +93,11 @@ def summarise(rows: Iterable[Mapping[str, Any]], metric: str) -> dict[str, Any]:
                 mean.blind += score
     results: dict[str, Any] = {
         "num_images": num_images,
-        "num_questions": overall.num,
+        "num_questions": round(overall.sums.questions),
         "num_errors": num_errors,
         "bpp": 8 * num_bytes / num_pixels if num_pixels else None,
         "metric": metric,
-        "overall": overall.result() if overall.num else None,
+        "overall": overall.result() if overall.sums.images else None,
         "by_type": {name: mean.result() for name, mean in sorted(by_type.items())},
         "by_level": {name: mean.result() for name, mean in sorted(by_level.items())},
     }

@@ -41,8 +41,13 @@ def normalise(answer: str) -> str:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1 if the prediction is one of the answers after ``normalise``, else 0."""
-    return float(normalise(prediction) in {normalise(a) for a in answers})
+    """1 if the prediction is one of the answers after ``normalise``, else 0; signs of numbers count, unlike in VQA."""
+    predicted = _with_signs(prediction)
+    return float(any(predicted == _with_signs(a) and (predicted or prediction.strip() == a.strip()) for a in answers))
+
+
+def _with_signs(answer: str) -> str:
+    return normalise(re.sub(r"(?<![\w-])[-\u2212](?=\.?\d)", "minus ", answer))
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:

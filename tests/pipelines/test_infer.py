@@ -123,30 +123,56 @@ def test_predictions_are_the_mllms_answers_about_the_decoded_images(
 def test_images_as_they_are_with_a_question_file_that_knows_only_some(scenes: Path, tmp_path: Path) -> None:
     rows = [{"key": s.key, "question": "What does the sign say?", "answers": "x"} for s in samples(scenes)[::2]]
     task = tmp_path / "some.jsonl"
-    task.write_text("\n".join(map(json.dumps, rows)))
+    elsewhere = [{**rows[0], "key": f"elsewhere-{k}"} for k in range(3)]
+    task.write_text("\n".join(map(json.dumps, [*rows, *elsewhere])))
     dst = tmp_path / "out"
     infer(str(scenes), str(dst), task=str(task), metric="anls", num_workers=NUM_WORKERS)
     assert [r["key"] for r in table(dst)] == [r["key"] for r in rows]
     completions = list(RunStore(str(dst)).completions())
     assert sum(c.num_rows for c in completions) == NUM_SCENES and not any(c.num_rejects for c in completions)
     metrics = json.loads((dst / "metrics.json").read_text())
+    assert metrics["num_questions"] == len(rows) and metrics["num_not_asked"] == len(elsewhere)
     assert metrics["bpp"] == pytest.approx(
         8 * sum(len(s.image) for s in samples(scenes)[::2]) / (256 * 256 * len(rows))
     )
 
 
-def test_an_endpoint_that_goes_away_fails_partitions_and_the_next_run_does_them(
-    encoded: Path, predictions: Callable[[str], Path], tmp_path: Path
+@pytest.mark.parametrize("fault", [401, 400])
+def test_an_endpoint_that_answers_nothing_fails_partitions_and_the_next_run_does_them(
+    encoded: Path, predictions: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: int
 ) -> None:
+    """The next run may be at another address, with fewer requests at a time; the key gets to workers that are there."""
     dst = tmp_path / "out"
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-driver")
     with serving("cotam-vlm-tiny") as served:
-        served.faults[:] = [401] * 10_000
+        served.faults[:] = [fault] * 10_000
         with pytest.raises(Incomplete, match="2 of 2 partitions failed"):
             infer(str(encoded), str(dst), mllm=served.url, served_model="tiny", num_workers=NUM_WORKERS)
         assert json.loads((dst / "metrics.json").read_text())["num_questions"] == 0
-        served.faults.clear()
-        infer(str(encoded), str(dst), mllm=served.url, served_model="tiny", num_workers=NUM_WORKERS)
+    with serving("cotam-vlm-tiny") as served:
+        infer(
+            str(encoded), str(dst), mllm=served.url, served_model="tiny", num_workers=NUM_WORKERS, batch_size=2
+        )  # fmt: skip
+        assert served.keys == {"Bearer sk-of-the-driver"}
+    assert not any(b"sk-of-the-driver" in path.read_bytes() for path in dst.rglob("*") if path.is_file())
     assert [r["prediction"] for r in table(dst)] == [r["prediction"] for r in table(predictions("pixels"))]
+
+
+def test_a_sweep_counts_what_was_not_answered(scenes: Path, tmp_path: Path) -> None:
+    dst = tmp_path / "out"
+    (first, *_), *_ = read_questions(str(scenes / "test.jsonl")).values()
+    with serving("cotam-vlm-tiny") as served:
+        served.refused = first.question
+        sweep(
+            str(scenes), str(dst), qualities="1,4", strengths="0", inputs="pixels", codecs="", num_workers=NUM_WORKERS,
+            mllm=served.url, served_model="tiny",
+        )  # fmt: skip
+    refused = [r for r in table(dst) if r["question"] == first.question]
+    results = json.loads((dst / "results.json").read_text())
+    assert refused and results["num_errors"] == sum(r["error"] is not None for r in table(dst)) == len(refused)
+    (uniform,) = results["curves"].values()
+    assert [p["num_errors"] for p in (results["original"], *uniform)] == [len(refused) // 3] * 3
+    assert f"{len(refused)} answers are missing and count as wrong" in (dst / "report.html").read_text()
 
 
 def test_a_sweep_measures_real_bytes_and_answers_at_every_point(scenes: Path, tmp_path: Path, codec: Codec) -> None:

@@ -46,7 +46,7 @@ def test_questions_without_an_answer_are_wrong_whichever_class_they_are_of() -> 
 
 def test_a_few_right_answers_are_not_certainty() -> None:
     low, high = summarise([row(str(k), 1.0) for k in range(5)], "exact_match")["overall"]["ci95"]
-    assert low == pytest.approx(0.566, abs=0.001) and high == 1  # Wilson's interval of 5 of 5
+    assert low == pytest.approx(0.393, abs=0.001) and high == 1  # Wilson's interval of 5 of 5, with Student's t of 4
     low, high = summarise([row("a", 1.0), row("a", 0.0)], "exact_match")["overall"]["ci95"]
     assert low < 0.1 and high > 0.9  # one image
 
@@ -83,7 +83,7 @@ def curve(factor: float, num_images: int = 60) -> list[Measured]:
         spread = rng.uniform(0.8, 1.2, num_images)
         scores = 0.5 + 0.1 * np.log2(rate) + rng.normal(0, 0.01, num_images)
         ones = np.ones(num_images)
-        points.append(Measured(quality, factor * rate * spread * 100, 100 * ones, scores, ones, 30 * ones))
+        points.append(Measured(quality, factor * rate * spread * 100, 100 * ones, scores, ones, 0 * ones, 30 * ones))
     return points
 
 
@@ -95,6 +95,20 @@ def test_saving_is_the_difference_in_rate_at_equal_score() -> None:
     assert same is not None and same.percent == pytest.approx(0, abs=1e-9)
     worse = saving(curve(0.7), curve(1.0))
     assert worse is not None and worse.percent < -40
+
+
+def test_curves_that_share_less_than_the_error_of_a_point_have_no_saving() -> None:
+    reference, test = curve(1.0), curve(0.7)
+    result = saving(reference, test)
+    assert result is not None and (result.lowest_score, result.highest_score) == pytest.approx((0.5, 0.8), abs=0.01)
+    rng = np.random.default_rng(2)
+    noise = [rng.normal(0, 0.4, 60) for _ in range(4)]
+    noise = [n - n.mean() for n in noise]  # a standard error of 0.05, and the same curves
+    unsure = [[m._replace(scores=m.scores + n) for m, n in zip(c, noise, strict=True)] for c in (reference, test)]
+    assert saving(*unsure) is not None
+    above = [m._replace(scores=m.scores + 0.25) for m in unsure[1]]  # from 0.75 on, where the reference ends at 0.8
+    assert saving(unsure[0], above) is None
+    assert saving(reference, [m._replace(scores=m.scores + 0.25) for m in test]) is not None
 
 
 def test_noise_in_a_curve_does_not_break_it_and_curves_that_never_meet_have_no_saving() -> None:

@@ -27,6 +27,14 @@ def test_answers_are_normalised_as_in_vqa(answer: str, normal: str) -> None:
     assert normalise(answer) == normal
 
 
+def test_exact_match_knows_signs_and_that_nothing_is_no_answer() -> None:
+    assert (
+        exact_match("-5", ["5"]) == exact_match("5", ["-5"]) == exact_match("+", ["-"]) == exact_match("", ["?"]) == 0
+    )
+    assert exact_match("-5", ["-5."]) == exact_match("minus five", ["-5"]) == exact_match("T-shirt", ["t shirt"]) == 1
+    assert exact_match("?", ["?"]) == exact_match("2-3", ["2 3"]) == 1
+
+
 def test_exact_match_takes_any_answer() -> None:
     assert exact_match("The Stop sign", ["stop sign", "sign"]) == 1
     assert exact_match("stop", ["stop sign"]) == 0
