@@ -12,6 +12,7 @@ from typer.exceptions import TyperException
 
 from cotam.credentials import redact
 from jobs.console import EXIT_ERROR, EXIT_INCOMPLETE, EXIT_OK, EXIT_USAGE, Incomplete, warn
+from jobs.cost import cost
 from jobs.decode import decode
 from jobs.demo import demo
 from jobs.encode import encode
@@ -35,7 +36,7 @@ app = typer.Typer(
 )
 _USAGE_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, FileExistsError)
 
-for command in (encode, decode, infer, sweep, status, verify, inspect, sceneqa, demo, submit):
+for command in (encode, decode, infer, sweep, cost, status, verify, inspect, sceneqa, demo, submit):
     app.command()(command)
 app.add_typer(train_app, name="train")
 
