@@ -57,7 +57,7 @@ def infer(
     from cotam.store.records import RunStore
     from cotam.tasks.questions import QuestionSource, task_sha256
     from cotam.tasks.results import read_predictions, summarise
-    from jobs.console import print_json
+    from jobs.console import Incomplete, print_json
     from jobs.run import run_job
     from pipelines.cluster import Resources
     from pipelines.decode import list_shards
@@ -93,10 +93,13 @@ def infer(
             num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker,
             autoscale=autoscale,
         )  # fmt: skip
+        incomplete: Incomplete | None = None
         try:
             run_job(
                 make_task, partitions, store, resources, ray_address, as_json, quiet=quiet, with_summary=not as_json
             )
+        except Incomplete as error:  # what there is is told first
+            incomplete = error
         finally:
             ids = {p.partition_id for p in partitions}
             paths = [record.data for record in store.completions() if record.partition_id in ids]
@@ -107,6 +110,8 @@ def infer(
         print_json(metrics)
     else:
         _print_metrics(metrics)
+    if incomplete is not None:
+        raise incomplete
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:

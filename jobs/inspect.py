@@ -25,31 +25,41 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """List rows or rejects of DST, or show one image's row and bitstream header, and decode it to a file."""
-    from cotam.store.records import RunStore
-    from cotam.store.shard import read_rejects, read_rows
+    import pyarrow.compute as pc
+
+    from cotam.store.records import RunStore, StoreError
+    from cotam.store.shard import read_keys, read_rejects, read_rows
 
     if (out is not None or plot is not None) and key is None:
         raise typer.BadParameter("--out and --plot need --key")
     store = RunStore(dst)
+    try:
+        manifest = store.manifest()
+    except FileNotFoundError:
+        raise StoreError(f"{dst} has no manifest: nothing was encoded there") from None
+    if manifest["kind"] != "encode" and not rejects:
+        raise StoreError(f"{dst} is the output of `cotam {manifest['kind']}`: of that, inspect shows --rejects only")
+    wanted = 1 if key is not None else limit
     listed: list[dict[str, Any]] = []
     for record in store.completions():
         if rejects:
-            found = read_rejects(store.root, record.partition_id)
+            found = (r for r in read_rejects(store.root, record.partition_id) if key is None or r.key == key)
             listed += [{"key": r.key, "source": r.source, "stage": r.stage, "error": r.error} for r in found]
-        else:
+        elif key is None or pc.any(pc.equal(read_keys(store.root, record.data), key)).as_py():  # of a column alone
             for row in read_rows(store.root, record.data):
                 if key is None or row.key == key:
-                    listed.append(_describe(row, record.data, store.manifest(), out, plot))
-                if len(listed) >= (1 if key is not None else limit):
+                    listed.append(_describe(row, record.data, manifest, out, plot))
+                if len(listed) >= wanted:
                     break
-        if len(listed) >= (1 if key is not None else limit):
+        if len(listed) >= wanted:
             break
+    del listed[wanted:]
     if key is not None and not listed:
-        raise ValueError(f"no image {key!r} in {dst}")
+        raise ValueError(f"no {'reject' if rejects else 'image'} {key!r} in {dst}")
     if as_json:
         print_json(listed)
         return
-    for entry in listed[:limit]:
+    for entry in listed:
         say("  ".join(f"{name}={value}" for name, value in entry.items()))
     if not listed:
         say("none")

@@ -18,16 +18,20 @@ def status(dst: Store, storage_options: StorageOptions = None, as_json: Json = F
         manifest = store.manifest()
     except FileNotFoundError:
         raise StoreError(f"{dst} has no manifest: nothing was encoded or decoded there") from None
-    records, failures = list(store.completions()), store.failures()
-    total = {name: sum(getattr(r, name) for r in records) for name in _SUMS}
+    failures, num_partitions = store.failures(), 0
+    total = dict.fromkeys(_SUMS, 0)
+    for record in store.completions():
+        num_partitions += 1
+        for name in _SUMS:
+            total[name] += getattr(record, name)
     bpp = 8 * total["bitstream_num_bytes"] / total["num_pixels"] if total["num_pixels"] else None
     if as_json:
-        counts = {"num_partitions": len(records), "num_failed": len(failures)}
+        counts = {"num_partitions": num_partitions, "num_failed": len(failures)}
         print_json({"manifest": manifest, **counts, "failures": failures, "bpp": bpp, **total})
         return
     say(f"{manifest['kind']} of {', '.join(manifest['sources'])}")
     say("  with " + ", ".join(f"{k} {v}" for k, v in manifest["config"].items() if k != "model_sha256"))
-    say(f"{len(records)} partitions finished, {len(failures)} failed")
+    say(f"{num_partitions} partitions finished, {len(failures)} failed")
     say(f"{total['num_images']} images: {total['num_rows']} rows, {total['num_rejects']} rejects")
     if bpp is not None:
         say(f"{megabytes(total['source_num_bytes'])} -> {megabytes(total['bitstream_num_bytes'])}, {bpp:.3f} bpp")

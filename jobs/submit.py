@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
+import time
 from pathlib import Path
 from typing import Annotated
 
+import aiohttp
 import typer
 from tenacity import Retrying, retry_if_exception_message, stop_after_delay, wait_fixed
 
 _START_S = 120.0
+_AWAY_S = 300.0  # a head that restarts
+_FOLLOW_AGAIN_S = 2.0
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 
 
@@ -77,8 +81,23 @@ def submit(
 
 
 async def _follow(client, job: str) -> None:  # type: ignore[no-untyped-def]  # of a class that Ray imports lazily
-    async for lines in client.tail_job_logs(job):
-        print(lines, end="", flush=True)
+    """Print a job's log until the job has ended; a proxy may cut the connection long before."""
+    printed, last_sign = 0, time.monotonic()
+    while True:
+        position = 0
+        try:
+            async for lines in client.tail_job_logs(job):  # from the beginning each time
+                print(lines[max(0, printed - position) :], end="", flush=True)
+                position += len(lines)
+                printed = max(printed, position)
+                last_sign = time.monotonic()
+            if client.get_job_info(job).status.is_terminal():
+                return
+            last_sign = time.monotonic()
+        except (OSError, RuntimeError, aiohttp.ClientError) as error:
+            if time.monotonic() - last_sign > _AWAY_S:
+                raise ValueError(f"lost sight of job {job}, which may still run: {_first_line(error)}") from None
+        await asyncio.sleep(_FOLLOW_AGAIN_S)
 
 
 def _first_line(value: object) -> str:

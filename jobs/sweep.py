@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -57,6 +57,7 @@ def sweep(
     layer: Layer = Attention.layer,
     queries: Queries = Attention.queries,
     metric: Annotated[str, typer.Option(help=f"Score of an answer: {', '.join(SCORES)}.")] = "exact_match",
+    image_column: Annotated[str | None, typer.Option(help="Image column of Parquet input.")] = None,
     num_workers: NumWorkers = 0,
     autoscale: Autoscale = False,
     cpus_per_worker: CpusPerWorker = 1.0,
@@ -75,7 +76,7 @@ def sweep(
     from cotam.store.records import RunStore
     from cotam.tasks.questions import QuestionSource, task_sha256
     from cotam.weights import parse_codec, read_weights
-    from jobs.console import print_json, say
+    from jobs.console import Incomplete, print_json
     from jobs.run import run_job
     from pipelines.cluster import Resources
     from pipelines.sources import list_partitions
@@ -94,12 +95,16 @@ def sweep(
     QuestionSource(task)
     attention = Attention(clip=clip, layer=layer, queries=queries)
     is_guided = any(point.strength for point in points)
+    loaded = parse_codec(read_weights(model), model)
+    num_levels = loaded.model.config.num_levels
+    if bad := [p.quality for p in points if p.codec == "cotam" and not 1 <= p.quality <= num_levels]:
+        raise typer.BadParameter(f"--qualities: {bad[0]:g} is outside [1, {num_levels}]")
     config = SweepConfig(
         points=tuple(points), task=task, task_sha256=task_sha256(task), metric=metric, mllm=asked, **check_mllm(asked),
-        model=model, model_sha256=parse_codec(read_weights(model), model).sha256, attention=attention,
+        model=model, model_sha256=loaded.sha256, attention=attention, image_column=image_column,
         clip_sha256=AttentionTower.load(attention).fingerprint() if is_guided else None,
     )  # fmt: skip
-    partitions = list_partitions(src, None)
+    partitions = list_partitions(src, image_column)
     store = RunStore(dst)
     with store.lock():
         store.open_run("sweep", {**dataclasses.asdict(config), "mllm": asked.identity()}, [src])
@@ -109,18 +114,29 @@ def sweep(
             num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker,
             autoscale=autoscale,
         )  # fmt: skip
+        incomplete: Incomplete | None = None
         try:
             run_job(make_task, partitions, store, resources, ray_address, as_json, quiet=quiet, with_summary=False)
+        except Incomplete as error:  # what there is is told first
+            incomplete = error
         finally:
             ids = {p.partition_id for p in partitions}
             done = [record.data for record in store.completions() if record.partition_id in ids]
+            results = results_of(store, done, metric)
             if done:
-                results = results_of(store, done, metric)
                 store.root.write_json("results.json", results)
                 store.root.write("report.html", page("CoTAM sweep", sweep_parts(results)).encode())
     if as_json:
         print_json(results)
-        return
+    elif done:
+        _print_results(results, f"{store.root.uri}/report.html")
+    if incomplete is not None:
+        raise incomplete
+
+
+def _print_results(results: dict[str, Any], report: str) -> None:
+    from jobs.console import say
+
     if not results["num_questions"]:
         say("No questions: no key of SRC is in the task.")
     if results["num_errors"]:
@@ -128,7 +144,7 @@ def sweep(
     for saved in results["savings"]:
         interval = "" if saved["low"] is None else f" ({saved['low']:+.1f} to {saved['high']:+.1f})"
         say(f"{saved['test']} saves {saved['percent']:+.1f} %{interval} against {saved['reference']}")
-    say(f"Report: {store.root.uri}/report.html")
+    say(f"Report: {report}")
 
 
 def _names(text: str) -> list[str]:

@@ -37,22 +37,21 @@ def verify(
         )
     config = manifest["config"]
     codec = Codec.load(config["model"], max_pixels=config["max_pixels"]) if decode else None
-    records = list(store.completions())
-    problems = verify_store(store, records)
-    num_rows = 0
+    problems = verify_store(store)
+    num_shards, num_rows = len(store.completed_ids()), 0
     console = Console(stderr=True, quiet=as_json or not sys.stderr.isatty())
-    for record in track(records, "verifying", console=console):
+    for record in track(store.completions(), "verifying", total=num_shards, console=console):
         result = verify_shard(store, record, codec)
         num_rows += result.num_rows
         problems += result.problems
     if as_json:
-        print_json({"num_shards": len(records), "num_rows": num_rows, "problems": problems})
+        print_json({"num_shards": num_shards, "num_rows": num_rows, "problems": problems})
     else:
         for problem in problems:
             say(problem)
         if not problems:
             decoded = "every bitstream decodes" if decode else "bitstreams not decoded"
-            say(f"{len(records)} shards, {num_rows} rows: hashes and counts are right, {decoded}.")
+            say(f"{num_shards} shards, {num_rows} rows: hashes and counts are right, {decoded}.")
     if problems:
         raise Incomplete(
             f"{len(problems)} problems in {dst}; delete the completion records of those shards and encode again"

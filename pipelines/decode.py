@@ -126,36 +126,54 @@ class DecodeTask:
             return item
         row = item.row
         extension = "png" if self._config.format == "webdataset" else self._config.format
+        stem, members = str(PurePosixPath(row.key)), row.members  # a/b, a//b and ./a/b are one file
+        if self._config.format == "webdataset" and (plain := _without_dots(stem)) != stem:
+            stem, members = plain, {**members, "key.txt": row.key}
         # Of a sample with several images one is a member, which may have the decoded image's name.
-        names = {m: f"{row.key}.member.{m}" if m == extension else f"{row.key}.{m}" for m in row.members}
-        if not row.key or not all(_is_safe(name) for name in (f"{row.key}.{extension}", *names.values())):
+        names = {m: f"{stem}.member.{m}" if m == extension else f"{stem}.{m}" for m in members}
+        if not row.key or not all(_is_safe(name) for name in (row.key, f"{stem}.{extension}", *names.values())):
             return _reject(row, "key or a member's name is no relative path that a file inside DST can have")
         with times.measure("image"):
             if extension == "png":
                 image = encode_image(item.pixels, "PNG", compress_level=1)
             else:
                 image = encode_image(item.pixels, "JPEG", **_JPEG_OPTIONS)
-        members = [(name, _to_bytes(row.members[m])) for m, name in names.items()]
-        return row, [(f"{row.key}.{extension}", image), *members]
+        return row, [(f"{stem}.{extension}", image), *((name, _to_bytes(members[m])) for m, name in names.items())]
 
 
 def _counted(
     items: Iterable[tuple[Row, list[tuple[str, bytes]]] | Reject], counts: Counter, bad: RejectWriter
 ) -> Iterator[tuple[str, bytes]]:
     written: set[bytes] = set()  # by digest: names may be long, and there may be many
+    folders: set[bytes] = set()
     for item in items:
         if not isinstance(item, Reject):
-            digests = {hashlib.blake2b(name.encode(), digest_size=16).digest() for name, _ in item[1]}
-            if len(digests) < len(item[1]) or not written.isdisjoint(digests):
+            names = [name for name, _ in item[1]]
+            digests = set(map(_digest, names))
+            parents = {_digest(str(p)) for name in names for p in PurePosixPath(name).parents}
+            if len(digests) < len(names) or not written.isdisjoint(digests):
                 item = _reject(item[0], "another image of this shard has the same key")
+            elif any(not taken.isdisjoint(parents) for taken in (written, digests)) or not folders.isdisjoint(digests):
+                item = _reject(item[0], "the name of one image of this shard is a folder of another's")
         if isinstance(item, Reject):
             bad.write(item)
             counts.reject(item)
             continue
         row, files = item
         written |= digests
+        folders |= parents
         counts.row(row)
         yield from files
+
+
+def _digest(name: str) -> bytes:
+    return hashlib.blake2b(name.encode(), digest_size=16).digest()
+
+
+def _without_dots(key: str) -> str:
+    """A key that WebDataset, which ends keys at the first dot of a file's name, reads back as one."""
+    folder, slash, name = key.rpartition("/")
+    return folder + slash + name[:1] + name[1:].replace(".", "_")
 
 
 def _write_tar(files: Iterable[tuple[str, bytes]], path: Path) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable
@@ -24,7 +25,7 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy
-from ray.exceptions import ObjectLostError
+from ray.exceptions import ObjectLostError, RayActorError
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
 from cotam.memory import return_freed_memory, use_malloc_for_arrow
@@ -186,7 +187,7 @@ def _run_wave(
             _Worker,
             batch_size=None,  # a whole task
             batch_format="pyarrow",
-            fn_constructor_args=(make_task, store_uri, progress, storage_configuration(), _secrets()),
+            fn_constructor_args=(make_task, store_uri, progress, _Secrets()),
             compute=ActorPoolStrategy(size=min(num_workers, len(tasks)), max_tasks_in_flight_per_actor=1),
             num_cpus=resources.cpus_per_worker,
             num_gpus=resources.gpus_per_worker or None,
@@ -200,12 +201,25 @@ def _run_wave(
             settled += batch["partition_id"].chunks
     except ObjectLostError as error:  # ids that were on a lost node
         logging.getLogger(__name__).warning("a wave was cut short: %s", error)
+    except RayActorError as error:
+        raise RuntimeError(f"a worker could not start: {_cause(error)}") from None
     return pa.chunked_array(settled, pa.string())
 
 
-def _secrets() -> dict[str, str]:
-    """Environment variables for workers on other machines; a runtime_env would show them on Ray's dashboard."""
-    return {name: os.environ[name] for name in ("OPENAI_API_KEY",) if name in os.environ}
+class _Secrets:
+    """What workers on other machines need to know and nobody else: Ray writes arguments to logs, by their ``repr``."""
+
+    def __init__(self) -> None:
+        self._storage = storage_configuration()
+        self._environment = {name: os.environ[name] for name in ("OPENAI_API_KEY",) if name in os.environ}
+
+    def __repr__(self) -> str:
+        return "_Secrets(...)"
+
+    def use(self) -> None:
+        """In the worker."""
+        os.environ.update(self._environment)
+        use_storage_configuration(self._storage)
 
 
 class _Worker:
@@ -216,11 +230,9 @@ class _Worker:
         make_task: Callable[[], PartitionTask],
         store_uri: str,
         progress: Any,
-        storage: dict[str, Any],
-        secrets: dict[str, str],
+        secrets: _Secrets,
     ) -> None:
-        os.environ.update(secrets)
-        use_storage_configuration(storage)
+        secrets.use()
         use_malloc_for_arrow()
         self._task = make_task()
         self._store = RunStore(store_uri)
@@ -348,6 +360,12 @@ def _has_others(record: Completion, keys: pa.ChunkedArray, store: RunStore) -> b
         return True
     rejects = ids_of(reject.key for reject in read_rejects(store.root, record.partition_id))
     return len(difference(rows.cast(pa.string()), keys)) + len(difference(rejects, keys)) > 0
+
+
+def _cause(error: RayActorError) -> str:
+    """The last line of a worker's traceback."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b", line)), lines[0])[:500]
 
 
 def _one_line(error: Exception) -> str:

@@ -9,12 +9,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import PurePosixPath
 
 import braceexpand
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from cotam.memory import return_freed_memory, use_malloc_for_arrow
-from cotam.store.fs import File, find_files, glob_files, one_file, split_uri
+from cotam.store.fs import File, find_files, glob_files, is_transient, one_file, split_uri
 from cotam.store.partitions import Partition, Partitions, partition_id
 from cotam.store.readers import TAR_SUFFIXES, image_column, parquet_metadata
 from cotam.store.tars import IMAGE_EXTENSIONS
@@ -50,13 +51,21 @@ def list_partitions(source: str, wanted_image_column: str | None = None) -> Part
         OSError: the storage fails.
     """
     use_malloc_for_arrow()
-    partitions = Partitions.of(_find_partitions(source, wanted_image_column))
+    partitions = _without_repeats(Partitions.of(_find_partitions(source, wanted_image_column)))
     if not len(partitions):
         raise SourceError(f"{source} holds no rows")
     if all(p.problem for p in partitions):
         raise SourceError(f"{partitions[0].source}: {partitions[0].problem}")
     return_freed_memory()
     return partitions
+
+
+def _without_repeats(partitions: Partitions) -> Partitions:
+    """Each partition once: braces and globs may name a file twice."""
+    if pc.count_distinct(partitions.ids).as_py() == len(partitions):
+        return partitions
+    seen: set[str] = set()
+    return Partitions.of(p for p in partitions if p.partition_id not in seen and not seen.add(p.partition_id))  # type: ignore[func-returns-value]
 
 
 def _find_partitions(source: str, wanted_image_column: str | None) -> Iterator[Partition]:
@@ -203,7 +212,9 @@ def _list_parquet(file: File, source: str, footer: _Footer, wanted: str | None) 
     try:
         metadata = footer.result()
         column = image_column(metadata.schema.to_arrow_schema(), wanted)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
+        if is_transient(error):
+            raise
         yield partition((0, 0), wanted or "", file.num_bytes, str(error))
         return
     first, num_bytes = 0, 0

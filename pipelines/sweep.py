@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -58,6 +59,16 @@ class Point:
     strength: float = 0.0
     input: str = "pixels"
 
+    def __post_init__(self) -> None:
+        if self.codec not in ("cotam", ORIGINAL, *BASELINES):
+            raise ValueError(f"codec {self.codec!r} is none of cotam, {', '.join(BASELINES)}")
+        if self.input not in ("pixels", "tokens"):
+            raise ValueError(f"input {self.input!r} is neither pixels nor tokens")
+        if self.codec in BASELINES and not 0 <= self.quality <= 100:
+            raise ValueError(f"quality {self.quality:g} of {self.codec} is outside [0, 100]")
+        if not math.isfinite(self.quality) or not math.isfinite(self.strength):
+            raise ValueError("qualities and strengths are finite numbers")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepConfig:
@@ -73,6 +84,7 @@ class SweepConfig:
         max_pixels: larger images are rejects.
         task_sha256: of the question file, if it is one.
         clip_sha256: the fingerprint of the importance's tower, where a point has one.
+        image_column: of Parquet files, where it was named.
     """
 
     points: tuple[Point, ...]
@@ -87,13 +99,11 @@ class SweepConfig:
     max_pixels: int = MAX_PIXELS
     task_sha256: str | None = None
     clip_sha256: str | None = None
+    image_column: str | None = None
 
     def __post_init__(self) -> None:
         if self.metric not in SCORES:
             raise ValueError(f"metric {self.metric!r} is none of {', '.join(SCORES)}")
-        for point in self.points:
-            if point.codec not in ("cotam", ORIGINAL, *BASELINES):
-                raise ValueError(f"codec {point.codec!r} is none of cotam, {', '.join(BASELINES)}")
 
 
 SWEEP_SCHEMA = pa.schema(

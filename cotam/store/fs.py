@@ -138,8 +138,20 @@ def find_files(fs: AbstractFileSystem, path: str) -> Iterator[File]:
     def refuse(error: OSError) -> None:
         raise error
 
-    walk = os.walk(path, onerror=refuse, followlinks=True)
-    return _by_name(_local_file(os.path.join(folder, name)) for folder, _, names in walk for name in names)
+    def names() -> Iterator[str]:
+        for folder, folders, files in os.walk(path, onerror=refuse, followlinks=True):
+            folders[:] = [name for name in folders if not _is_loop(folder, name)]
+            yield from (os.path.join(folder, name) for name in files)
+
+    return _by_name(map(_local_file, names()))
+
+
+def _is_loop(folder: str, name: str) -> bool:
+    """Whether a folder in ``folder`` is a link to one that it is in: "latest" may be a link to "."."""
+    path = os.path.join(folder, name)
+    if not os.path.islink(path):
+        return False
+    return os.path.join(os.path.realpath(folder), "").startswith(os.path.join(os.path.realpath(path), ""))
 
 
 def glob_files(fs: AbstractFileSystem, pattern: str) -> Iterator[File]:
@@ -191,7 +203,7 @@ def _file(name: str, info: dict[str, Any]) -> File:
 def _local_file(name: str) -> File:
     try:
         status = os.stat(name)
-    except FileNotFoundError:  # a link to nowhere
+    except OSError:  # a link to nowhere or to itself: reading it says so
         return File(name, 0, "")
     return File(name, status.st_size, str(status.st_mtime))
 

@@ -250,8 +250,11 @@ def _parquet_item(
 ) -> Sample | Reject:
     if isinstance(values, str):
         return Reject(key=default_key, source=source, stage="read", error=values)
-    key = (values.pop(keys) if keys is not None else None) or default_key
+    key = values.pop(keys) if keys is not None else None
     image = values.pop(column)
+    if isinstance(image, dict) and isinstance(image.get("path"), str):  # as Hugging Face's datasets have it
+        key = key or image["path"]
+    key = key or default_key
     image = image.get("bytes") if isinstance(image, dict) else image
     if image is None:
         return Reject(key=key, source=source, stage="read", error=f"no image in column {column}")

@@ -183,6 +183,8 @@ class RunStore:
             for name in self.root.list("data"):
                 if name.partition(".")[0] in abandoned:
                     self.root.remove(f"data/{name}")
+            for name in abandoned:
+                self.root.remove(f"data/{name}")  # a folder of decoded images
         for name in each(begun):
             self.root.remove(f"_cotam/attempts/{name}.json")
 
@@ -207,7 +209,13 @@ class RunStore:
             StoreError: another job works on this store, or has taken it over.
         """
         token = uuid.uuid4().hex
-        owner = {"token": token, "host": socket.gethostname(), "pid": os.getpid(), "pids": _pid_space()}
+        owner = {
+            "token": token,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "pids": _pid_space(),
+            "started": _started(os.getpid()),
+        }
         self._refuse_if_locked()
         self.root.write_json(_LOCK, {**owner, "heartbeat": time.time()})
         if self.root.read_json(_LOCK)["token"] != token:  # two jobs that started at once: the last writer stays
@@ -218,7 +226,7 @@ class RunStore:
 
         def beat() -> None:
             while not stop.wait(_HEARTBEAT_S):
-                with contextlib.suppress(OSError):  # a missed beat is made up for by the next
+                with contextlib.suppress(Exception):  # a missed beat is made up for by the next
                     if self._is_locked_by_another(token):
                         lost.set()
                         # As Ctrl-C; interrupt_main() would wait until whatever the main thread waits for is over.
@@ -250,7 +258,8 @@ class RunStore:
         if held is None:
             return
         if held["pids"] == _pid_space():
-            alive = _process_exists(held["pid"])
+            # Another container, or a later process, may have the same numbers.
+            alive = _process_exists(held["pid"]) and held.get("started") in (None, _started(held["pid"]))
         else:
             alive = 0 <= time.time() - held["heartbeat"] < _STALE_S
             if not alive:  # or a clock is wrong: then it goes on beating
@@ -333,6 +342,14 @@ def _process_exists(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def _started(pid: int) -> str | None:
+    """When a process began, in ticks of the kernel's clock; None where that cannot be told."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
 
 
 def _installed(package: str) -> bool:

@@ -186,9 +186,14 @@ class RejectWriter:
             return
         if self._writer is None:
             self._writer = pq.ParquetWriter(self.path, REJECT_SCHEMA, compression="ZSTD")
-        columns = {name: [getattr(r, name) for r in self._rejects] for name in REJECT_SCHEMA.names}
+        columns = {name: [_plain(getattr(r, name)) for r in self._rejects] for name in REJECT_SCHEMA.names}
         self._writer.write_table(pa.table(columns, schema=REJECT_SCHEMA))
         self._rejects, self._buffered_bytes = [], 0
+
+
+def _plain(value: bytes | str | None) -> bytes | str | None:
+    """Text that Arrow takes: an error may quote a file name that is no UTF-8."""
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
 
 def read_rejects(root: Root, partition_id: str) -> list[Reject]:

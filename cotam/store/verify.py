@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from cotam.codec import Codec
+from cotam.store.ids import difference, each, ids_of, in_order
 from cotam.store.records import Completion, RunStore
 from cotam.store.schema import Reject
 from cotam.store.shard import read_rejects, read_rows
@@ -23,10 +24,11 @@ class ShardReport(NamedTuple):
     problems: list[str]
 
 
-def verify_store(store: RunStore, records: list[Completion]) -> list[str]:
+def verify_store(store: RunStore) -> list[str]:
     """What is wrong with the store as a whole: shards without a record, a line each."""
-    known = {r.data.rsplit("/", 1)[-1] for r in records}
-    return [f"data/{name}: no completion record" for name in sorted(store.root.list("data")) if name not in known]
+    names = {name.partition(".")[0]: name for name in store.root.list("data")}
+    unknown = each(in_order(difference(ids_of(names), store.completed_ids())))
+    return [f"data/{names[name]}: no completion record" for name in unknown]
 
 
 def verify_shard(store: RunStore, record: Completion, codec: Codec | None) -> ShardReport:
@@ -36,6 +38,7 @@ def verify_shard(store: RunStore, record: Completion, codec: Codec | None) -> Sh
     try:
         if (digest := _sha256(store, record.data)) != record.data_sha256:
             problems.append(f"{record.data}: sha256 is {digest}, its record says {record.data_sha256}")
+        num_rejects = len(read_rejects(store.root, record.partition_id))
         rows = read_rows(store.root, record.data)
         for item in rows if codec is None else decode_stream(rows, codec):
             num_rows += 1
@@ -46,7 +49,7 @@ def verify_shard(store: RunStore, record: Completion, codec: Codec | None) -> Sh
         return ShardReport(num_rows, problems)
     if num_rows != record.num_rows:
         problems.append(f"{record.data}: {num_rows} rows, its record says {record.num_rows}")
-    if (num_rejects := len(read_rejects(store.root, record.partition_id))) != record.num_rejects:
+    if num_rejects != record.num_rejects:
         problems.append(f"{record.data}: {num_rejects} rejects, its record says {record.num_rejects}")
     return ShardReport(num_rows, problems)
 

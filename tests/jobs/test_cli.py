@@ -34,6 +34,11 @@ def test_errors_are_one_line_and_exit_2(tmp_path: Path) -> None:
         ["encode", str(tmp_path), str(tmp_path / "out"), "--quality", "99"],
         ["encode", str(tmp_path), str(tmp_path / "out"), "--model", "no-such-model"],
         ["verify", str(tmp_path)],
+        ["inspect", str(tmp_path)],
+        ["cost", str(tmp_path)],
+        ["sweep", str(tmp_path), str(tmp_path / "out"), "--qualities", "9"],
+        ["sweep", str(tmp_path), str(tmp_path / "out"), "--inputs", "pixel"],
+        ["sweep", str(tmp_path), str(tmp_path / "out"), "--codec-qualities", "500"],
         ["no-such-command"],
     ):
         result = cotam(*arguments)

@@ -22,6 +22,7 @@ from PIL import Image
 
 from cotam.codec import Codec
 from cotam.metrics import psnr_rgb
+from cotam.store.fs import Root
 from cotam.store.partitions import Partition
 from cotam.store.records import Completion, RunStore
 from cotam.store.shard import read_rejects
@@ -58,7 +59,7 @@ def problems(dst: str) -> list[str]:
     store = RunStore(dst)
     records = list(store.completions())
     codec = Codec.load()
-    return verify_store(store, records) + [p for r in records for p in verify_shard(store, r, codec).problems]
+    return verify_store(store) + [p for r in records for p in verify_shard(store, r, codec).problems]
 
 
 def test_webdataset_to_parquet_and_back(tmp_path: Path) -> None:
@@ -148,6 +149,31 @@ def test_png_output_stays_inside_its_folder(tmp_path: Path) -> None:
     written = [p.relative_to(tmp_path / "back/data").parts[1:] for p in (tmp_path / "back/data").rglob("*.png")]
     assert written == [("fine", "name.png")]
     assert not list(tmp_path.rglob("escape*"))
+
+
+def test_names_that_meet_on_a_disk_or_in_a_tar_cost_no_image(tmp_path: Path) -> None:
+    """One path in three spellings; a name that is a folder of another; names that a tar's readers cut at a dot."""
+    keys = ["a/b", "./a/b", "a//b", "x", "x.png/y", "img.0001.jpg", "img.0002.jpg", "dir.v2/.hidden.jpg"]
+    table = pa.table({"jpg": [to_bytes(photograph(k)) for k in range(len(keys))], "key": keys})
+    pq.write_table(table, tmp_path / "in.parquet")
+    out = str(tmp_path / "out")
+    encode(str(tmp_path / "in.parquet"), out)
+    summary = decode(out, str(tmp_path / "files"), "png")
+    files = [path for path in (tmp_path / "files/data").rglob("*.png") if path.is_file()]
+    assert (summary.num_rows, summary.num_rejects) == (len(files), 3) == (5, 3)
+    reasons = [
+        r.error for p in list_shards(RunStore(out)) for r in read_rejects(Root(str(tmp_path / "files")), p.partition_id)
+    ]
+    assert sorted({(r, reasons.count(r)) for r in reasons}) == [
+        ("another image of this shard has the same key", 2),
+        ("the name of one image of this shard is a folder of another's", 1),
+    ]
+
+    summary = decode(out, str(tmp_path / "tars"), "webdataset")
+    again = encode(str(tmp_path / "tars/data/*.tar"), str(tmp_path / "again"))
+    assert summary.num_rows == again.num_rows == len(keys) - 3 and again.num_rejects == 0
+    rows = ds.dataset(tmp_path / "again/data").to_table().to_pylist()
+    assert {row["key.txt"] or row["key"] for row in rows} == {*keys} - {"./a/b", "a//b", "x.png/y"}
 
 
 class _Deadly(EncodeTask):

@@ -12,6 +12,7 @@ import pytest
 
 from cotam.store.readers import parquet_metadata, read_partition
 from cotam.store.records import RunStore
+from cotam.store.schema import Reject
 from pipelines import sources
 from pipelines.sources import SourceError, list_partitions
 from tests.corpus import photograph, to_bytes, write_tar, write_webdataset
@@ -51,6 +52,30 @@ def test_folders_of_images_are_cut_into_runs(tmp_path: Path, monkeypatch: pytest
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(image)
     assert [p.paths for p in list_partitions(str(tmp_path))] == [("a/1.PNG", "a/3.jpg"), ("b.webp",)]
+
+
+def test_links_to_themselves_and_upwards_stop_nothing(tmp_path: Path) -> None:
+    image = to_bytes(photograph(0))
+    (tmp_path / "in/sub").mkdir(parents=True)
+    (tmp_path / "in/sub/a.jpg").write_bytes(image)
+    (tmp_path / "in/self.jpg").symlink_to("self.jpg")
+    (tmp_path / "in/latest").symlink_to(".")
+    (tmp_path / "in/sub/up").symlink_to("../..")
+    (partition,) = list_partitions(str(tmp_path / "in"))
+    items = {item.key: item for item in read_partition(partition)}
+    assert {*items} == {"self.jpg", "sub/a.jpg"}
+    reject = items["self.jpg"]
+    assert isinstance(reject, Reject) and "leads to itself" in reject.error
+
+    pq.write_table(pa.table({"image": [image]}), tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").symlink_to("nowhere")
+    assert [bool(p.problem) for p in list_partitions(f"{tmp_path}/*.parquet")] == [False, True]
+
+
+def test_what_is_named_twice_is_one_partition(tmp_path: Path) -> None:
+    write_webdataset(tmp_path, 3, 1)
+    once = [p.partition_id for p in list_partitions(f"{tmp_path}/*.tar")]
+    assert [p.partition_id for p in list_partitions(f"{tmp_path}/{{part-0001,*}}.tar")] == [once[1], once[0], once[2]]
 
 
 def test_names_that_cameras_and_clocks_write_are_listed(tmp_path: Path) -> None:

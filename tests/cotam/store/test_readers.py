@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gzip
 import io
+import lzma
 import os
 import random
 import resource
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +196,31 @@ def test_a_bomb_of_a_compressed_tar_is_limited_before_it_fills_memory(tmp_path: 
     assert [s.key for s in samples] == ["a", "z"]
     assert [r.error for r in rejects] == ["over 536870912 bytes"]
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 2**10  # KiB
+
+
+def test_an_xz_file_gets_no_memory_that_its_header_asks_for(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar.xz"
+    parts = GOOD + AFTER, END
+    path.write_bytes(lzma.compress(parts[0]) + bytes(8) + lzma.compress(parts[1]))  # two streams, padded
+    samples, rejects = read(path)
+    assert [s.key for s in samples] == ["a", "z"] and not rejects
+
+    data = bytearray(lzma.compress(GOOD + AFTER + END))
+    start, end = 12, 12 + 4 * (data[12] + 1)  # of the first block's header
+    data[start + 4] = 36  # a dictionary of 1 GiB
+    data[end - 4 : end] = zlib.crc32(data[start : end - 4]).to_bytes(4, "little")
+    path.write_bytes(data)
+    samples, rejects = read(path)
+    assert not samples and len(rejects) == 1 and "emory" in rejects[0].error
+
+
+def test_names_of_hugging_face_files_are_keys(tmp_path: Path) -> None:
+    images = [{"bytes": JPEG, "path": "dog_001.jpg"}, {"bytes": JPEG, "path": None}]
+    pq.write_table(pa.table({"image": images, "label": [1, 2]}), tmp_path / "a.parquet")
+    samples, rejects = split(parquet(tmp_path / "a.parquet"))
+    assert [s.key for s in samples] == ["dog_001.jpg", "000000001"] and not rejects
+    pq.write_table(pa.table({"image": images, "id": ["x", "y"]}), tmp_path / "b.parquet")
+    assert [s.key for s in split(parquet(tmp_path / "b.parquet"))[0]] == ["x", "y"]
 
 
 def test_a_hundred_thousand_members_in_flat_memory(tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ import pytest
 
 from cotam.store import records
 from cotam.store.fs import Root
+from cotam.store.ids import ids_of
 from cotam.store.records import RunStore, StoreError
-from cotam.store.schema import Row
-from cotam.store.shard import ShardWriter, read_rows
+from cotam.store.schema import Reject, Row
+from cotam.store.shard import RejectWriter, ShardWriter, read_rejects, read_rows
 
 
 def row(key: str, **members: object) -> Row:
@@ -71,6 +72,15 @@ def test_two_jobs_on_one_store_are_refused_and_a_dead_one_is_not(tmp_path: Path)
     assert (tmp_path / "_cotam/lock.json").exists()
     with store.lock():
         pass
+    with store.lock():
+        ours = json.loads((tmp_path / "_cotam/lock.json").read_text())
+    # A killed container's process, whose numbers the next one's has again, began at another time.
+    (tmp_path / "_cotam/lock.json").write_text(json.dumps({**ours, "started": "1"}))
+    with store.lock():
+        pass
+    (tmp_path / "_cotam/lock.json").write_text(json.dumps(ours))
+    with pytest.raises(StoreError, match=f"process {os.getpid()}"), store.lock():
+        pass
     held = {"token": "t", "host": "another-host", "pid": 1, "heartbeat": time.time()}
     (tmp_path / "_cotam/lock.json").write_text(json.dumps(held))
     with pytest.raises(StoreError, match="another-host"), store.lock():
@@ -115,6 +125,25 @@ def test_a_lock_that_beats_holds_whatever_its_clock_says(
         pass
     with store.lock():  # it does not beat any more
         assert store.root.read_json("_cotam/lock.json")["token"] != "t"
+
+
+def test_what_killed_workers_left_goes_whether_file_or_folder(tmp_path: Path) -> None:
+    store = RunStore(str(tmp_path))
+    for name in ("old-1.parquet", "old-2/a.png", "new.parquet"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_bytes(b"half")
+    for partition_id in ("old-1", "old-2", "new"):
+        store.count_attempt(partition_id)
+    store.forget_attempts(ids_of(["new"]))
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["new.parquet"]
+
+
+def test_rejects_may_quote_names_that_are_no_utf8(tmp_path: Path) -> None:
+    reject = Reject(key="k", source="s", stage="read", error="\udcff.jpg is a pipe", image=None)
+    with RejectWriter(tmp_path / "rejects.parquet") as writer:
+        writer.write(reject)
+    writer.publish(Root(str(tmp_path)), "p")
+    assert [r.error for r in read_rejects(Root(str(tmp_path)), "p")] == ["\\udcff.jpg is a pipe"]
 
 
 def test_rows_with_nested_members_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
