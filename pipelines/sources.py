@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import zlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +21,7 @@ from cotam.store.partitions import Partition, Partitions, partition_id
 from cotam.store.readers import TAR_SUFFIXES, image_column, parquet_metadata
 from cotam.store.tars import IMAGE_EXTENSIONS
 
-FILES_PER_PARTITION = 500
+FILES_PER_PARTITION = 500  # on average; half to twice as many
 _LIST_ONCE = 16
 _FOOTERS_AT_A_TIME = 32
 PARQUET_PARTITION_BYTES = 128 * 2**20
@@ -121,7 +122,7 @@ def _list_folder(fs: AbstractFileSystem, path: str, uri: str, wanted: str | None
     found = False  # tars or Parquet files
     stores: set[str] = set()  # folders below this one that hold the output of a job
     images: list[tuple[str, int, str]] = []
-    num_images = 0
+    found_images = False
     for file, footer in _with_footers(fs, find_files(fs, path)):
         name = _relative(file.name, path)
         folders = name.split("/")[:-1]
@@ -136,29 +137,37 @@ def _list_folder(fs: AbstractFileSystem, path: str, uri: str, wanted: str | None
             yield from _list_file(fs, file, footer, wanted)
         elif name.lower().rsplit(".", 1)[-1] in (*IMAGE_EXTENSIONS, *_OTHER_EXTENSIONS):
             images.append((name, file.num_bytes, file.version))
-            num_images += 1
-        if found and num_images:
+            found_images = True
+        if found and found_images:
             raise SourceError(
                 f"{uri} holds images beside tars or Parquet files; name the one or the other, as in {uri}/*.tar"
             )
-        if len(images) == FILES_PER_PARTITION:
-            yield _image_partition(fs, path, images, num_images)
+        if images and _ends_partition(len(images), images[-1][0]):
+            yield _image_partition(fs, path, images)
             images = []
     if images:
-        yield _image_partition(fs, path, images, num_images)
-    if not (found or num_images):
+        yield _image_partition(fs, path, images)
+    if not (found or found_images):
         raise SourceError(
             f"no tar, Parquet or image file in {uri}; looked for .tar, .parquet, .{', .'.join(IMAGE_EXTENSIONS)}"
         )
 
 
-def _image_partition(
-    fs: AbstractFileSystem, folder: str, images: list[tuple[str, int, str]], num_images: int
-) -> Partition:
-    """Names below ``folder``, sizes and versions of the last ones of so many images."""
-    number = (num_images - 1) // FILES_PER_PARTITION
+def _ends_partition(num_images: int, last: str) -> bool:
+    """Whether a partition ends after so many images: mostly where a name says so, not where a count does.
+
+    Else one image more in a folder would change every partition after it, and all of them would be encoded again.
+    """
+    half = FILES_PER_PARTITION // 2
+    says_so = zlib.crc32(last.encode(errors="surrogateescape")) % half == 0
+    return num_images >= 2 * FILES_PER_PARTITION or (num_images >= half and says_so)
+
+
+def _image_partition(fs: AbstractFileSystem, folder: str, images: list[tuple[str, int, str]]) -> Partition:
+    """Names below ``folder``, sizes and versions of some images."""
+    stem = f"{PurePosixPath(folder).name}-{images[0][0]}"  # ids in the order of names
     return Partition(
-        partition_id=partition_id(f"{PurePosixPath(folder).name}-{number:06d}", [(_uri(fs, folder),), *images]),
+        partition_id=partition_id(stem, [(_uri(fs, folder),), *images]),
         kind="files",
         source=_uri(fs, folder),
         paths=tuple(name for name, _, _ in images),

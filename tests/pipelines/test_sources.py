@@ -45,7 +45,7 @@ def test_a_changed_tar_is_a_new_partition(tmp_path: Path) -> None:
 
 
 def test_folders_of_images_are_cut_into_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "FILES_PER_PARTITION", 2)
+    monkeypatch.setattr(sources, "_ends_partition", lambda num_images, last: num_images == 2)
     image = to_bytes(photograph(0))
     names = ["a/3.jpg", "a/1.PNG", "b.webp", ".hidden/x.jpg", "notes.txt"]
     for name in names:
@@ -76,6 +76,23 @@ def test_what_is_named_twice_is_one_partition(tmp_path: Path) -> None:
     write_webdataset(tmp_path, 3, 1)
     once = [p.partition_id for p in list_partitions(f"{tmp_path}/*.tar")]
     assert [p.partition_id for p in list_partitions(f"{tmp_path}/{{part-0001,*}}.tar")] == [once[1], once[0], once[2]]
+
+
+def test_an_image_more_changes_the_partitions_around_it_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "FILES_PER_PARTITION", 20)
+    for k in range(2000):
+        (tmp_path / f"IMG_{k:05d}.jpg").touch()
+        os.utime(tmp_path / f"IMG_{k:05d}.jpg", (1, 1))
+    before = list_partitions(str(tmp_path))
+    sizes = [len(p.paths) for p in before]
+    assert sum(sizes) == 2000 and max(sizes) <= 40 and min(sizes[:-1]) >= 10 and 70 < len(sizes) < 140
+    assert [p.partition_id for p in before] == sorted(p.partition_id for p in before)
+    for name in ("A.jpg", "IMG_01000b.jpg", "Z.jpg"):
+        (tmp_path / name).touch()
+        after = list_partitions(str(tmp_path))
+        assert sum(len(p.paths) for p in after) == 2001
+        assert len({p.partition_id for p in after} - {p.partition_id for p in before}) <= 4
+        (tmp_path / name).unlink()
 
 
 def test_names_that_cameras_and_clocks_write_are_listed(tmp_path: Path) -> None:
