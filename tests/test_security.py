@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import io
 import json
+import os
 import pickle
 import re
 import sys
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from fsspec.config import conf
 from torch import Tensor, nn
 
 from cotam.adapter import load_adapter
@@ -33,6 +35,7 @@ from cotam.train.trainer import CHECKPOINT, Trainer
 from cotam.weights import PACKAGED_FOLDERS, model_folder
 from jobs import cli
 from pipelines.encode import EncodeConfig, EncodeTask
+from pipelines.runner import _Secrets
 from pipelines.sources import list_partitions
 from tests.corpus import write_webdataset
 
@@ -304,6 +307,20 @@ URIS = (
 
 
 @pytest.mark.parametrize("uri", URIS)
+def test_what_workers_are_told_in_secret_has_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray writes the arguments of its operators to logs that a cluster may keep."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    monkeypatch.setitem(conf, "s3", {"key": "AKIA", "secret": "very-secret"})
+    secrets = _Secrets()
+    assert not any(
+        "secret" in text.lower().replace("_secrets", "") for text in (repr(secrets), str([secrets]), f"{secrets}")
+    )
+    monkeypatch.setenv("OPENAI_API_KEY", "")
+    monkeypatch.setitem(conf, "s3", {})
+    pickle.loads(pickle.dumps(secrets)).use()
+    assert os.environ["OPENAI_API_KEY"] == "sk-very-secret" and conf["s3"]["secret"] == "very-secret"
+
+
 def test_uris_with_credentials_are_refused_and_written_nowhere(
     uri: str,
     store: RunStore,

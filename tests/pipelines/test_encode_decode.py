@@ -272,6 +272,18 @@ class _Elsewhere(EncodeTask):
         return super().process(partition, store, report)
 
 
+def _without_weights() -> EncodeTask:
+    raise FileNotFoundError("no codec on this machine\nat all")
+
+
+def test_a_worker_that_cannot_start_says_why_in_one_line(tmp_path: Path) -> None:
+    write_webdataset(tmp_path / "in", 1, 1)
+    with pytest.raises(RuntimeError, match=r"^a worker could not start: FileNotFoundError: no codec on this machine"):
+        run_partitions(
+            _without_weights, list_partitions(str(tmp_path / "in")), RunStore(str(tmp_path / "out")), RESOURCES
+        )
+
+
 def test_outcomes_that_the_driver_cannot_see_are_not_success(tmp_path: Path) -> None:
     write_webdataset(tmp_path / "in", 2, 1)
     store = RunStore(f"{tmp_path}/out")
