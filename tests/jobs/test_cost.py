@@ -11,8 +11,8 @@ from cotam.cost import GB, Corpus, Prices, costs, parse_num_bytes
 from cotam.report.cost import cost_summary
 from cotam.store.records import RunStore
 from jobs.cost import cost
-from jobs.encode import encode
 from tests.corpus import write_webdataset
+from tests.jobs.test_cli import cotam
 
 CORPUS = Corpus(
     num_images=1000, num_pixels=1e9, source_num_bytes=100 * GB, stored_num_bytes=10 * GB, encode_s=7200, decode_s=3600
@@ -58,8 +58,8 @@ def test_what_is_no_number_of_bytes(text: str) -> None:
 def test_a_store_is_measured_and_scaled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_webdataset(tmp_path / "in", 2, 6, width=160, height=128)
     dst = str(tmp_path / "out")
-    encode(f"{tmp_path}/in", dst, num_workers=1, quiet=True)
-    capsys.readouterr()
+    encoded = cotam("encode", f"{tmp_path}/in", dst, "--num-workers", "1", "--quiet")
+    assert encoded.returncode == 0, encoded.stderr
     cost(dst, corpus_bytes="1PB", report=tmp_path / "cost.html", as_json=True)
     found = json.loads(capsys.readouterr().out)
     records = list(RunStore(dst).completions())

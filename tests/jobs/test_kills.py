@@ -35,7 +35,8 @@ class Corpus:
         self.second: Any = None
         self.add_node()
         started = time.monotonic()
-        assert self.start(folder / "undisturbed", num_workers=1).wait(300) == 0
+        undisturbed = self.start(folder / "undisturbed", num_workers=1)
+        assert undisturbed.wait(300) == 0, undisturbed.stderr.read()
         self.seconds = time.monotonic() - started
         self.hashes = hashes(folder / "undisturbed")
 
