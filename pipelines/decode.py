@@ -128,7 +128,7 @@ class DecodeTask:
         extension = "png" if self._config.format == "webdataset" else self._config.format
         stem, members = str(PurePosixPath(row.key)), row.members  # a/b, a//b and ./a/b are one file
         if self._config.format == "webdataset" and (plain := _without_dots(stem)) != stem:
-            stem, members = plain, {**members, "key.txt": row.key}
+            stem, members = plain, {"key.txt": row.key, **members}
         # Of a sample with several images one is a member, which may have the decoded image's name.
         names = {m: f"{stem}.member.{m}" if m == extension else f"{stem}.{m}" for m in members}
         if not row.key or not all(_is_safe(name) for name in (row.key, f"{stem}.{extension}", *names.values())):
@@ -173,7 +173,7 @@ def _digest(name: str) -> bytes:
 def _without_dots(key: str) -> str:
     """A key that WebDataset, which ends keys at the first dot of a file's name, reads back as one."""
     folder, slash, name = key.rpartition("/")
-    return folder + slash + name[:1] + name[1:].replace(".", "_")
+    return folder + slash + name.replace(".", "_")
 
 
 def _write_tar(files: Iterable[tuple[str, bytes]], path: Path) -> None:

@@ -306,7 +306,6 @@ URIS = (
 )
 
 
-@pytest.mark.parametrize("uri", URIS)
 def test_what_workers_are_told_in_secret_has_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray writes the arguments of its operators to logs that a cluster may keep."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
@@ -321,6 +320,7 @@ def test_what_workers_are_told_in_secret_has_no_text(monkeypatch: pytest.MonkeyP
     assert os.environ["OPENAI_API_KEY"] == "sk-very-secret" and conf["s3"]["secret"] == "very-secret"
 
 
+@pytest.mark.parametrize("uri", URIS)
 def test_uris_with_credentials_are_refused_and_written_nowhere(
     uri: str,
     store: RunStore,

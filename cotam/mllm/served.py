@@ -59,12 +59,10 @@ class ServedMllm:
                 futures.append([executor.submit(self._ask, url, question) for question in item.questions])
             try:
                 answers = [[future.result() for future in row] for row in futures]
-                for k, row in enumerate(answers):
-                    for j, answer in enumerate(row):
+                for item, row in zip(asked, answers, strict=True):
+                    for k, answer in enumerate(row):
                         if isinstance(answer, _Failure):  # it may have been away for a moment
-                            row[j] = executor.submit(
-                                self._ask, _data_url(asked[k].image), asked[k].questions[j]
-                            ).result()
+                            row[k] = self._ask(_data_url(item.image), item.questions[k])
                 return answers
             except OSError:
                 executor.shutdown(cancel_futures=True)

@@ -99,7 +99,7 @@ class _XzFile(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Fill ``buffer``; returns how much of it. Raises LZMAError, EOFError where the file breaks off."""
         data = b""
-        while not data:
+        while not data and len(buffer):
             if self._decompressor.eof:
                 self._input = self._decompressor.unused_data.lstrip(b"\0")  # padding between streams
                 while not self._input:
