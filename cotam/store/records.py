@@ -27,6 +27,7 @@ MANIFEST = "_cotam/manifest.json"
 _LOCK = "_cotam/lock.json"
 _HEARTBEAT_S = 20.0
 _STALE_S = 90.0
+_INTERRUPT = signal.SIGUSR2  # as Ctrl-C, whose own signal is ignored by what a script runs in the background
 _PACKAGES = ("cotam", "torch", "ray", "pyarrow", "numpy", "numba", "pillow")
 
 
@@ -203,7 +204,7 @@ class RunStore:
     def lock(self) -> Iterator[None]:
         """Hold the store for one job; a lock whose process is gone or whose heartbeat stopped is taken over.
 
-        A job that was taken over, after a standstill for one, is interrupted.
+        A job in the main thread that was taken over, after a standstill for one, is interrupted.
 
         Raises:
             StoreError: another job works on this store, or has taken it over.
@@ -221,20 +222,21 @@ class RunStore:
         if self.root.read_json(_LOCK)["token"] != token:  # two jobs that started at once: the last writer stays
             raise StoreError(f"another job has just started on {self.root.uri}; wait for it or choose another DST")
         stop, lost = threading.Event(), threading.Event()
-        main_thread = threading.main_thread().ident
-        assert main_thread is not None
+        is_main = threading.current_thread() is threading.main_thread()
+        this_thread = threading.get_ident()
 
         def beat() -> None:
             while not stop.wait(_HEARTBEAT_S):
                 with contextlib.suppress(Exception):  # a missed beat is made up for by the next
                     if self._is_locked_by_another(token):
                         lost.set()
-                        # As Ctrl-C; interrupt_main() would wait until whatever the main thread waits for is over.
-                        signal.pthread_kill(main_thread, signal.SIGINT)
+                        if is_main:  # interrupt_main() would wait until whatever it waits for is over
+                            signal.pthread_kill(this_thread, _INTERRUPT)
                         return
                     self.root.write_json(_LOCK, {**owner, "heartbeat": time.time()})
 
         thread = threading.Thread(target=beat, daemon=True, name="cotam-lock")
+        handler = signal.signal(_INTERRUPT, _interrupt) if is_main else None
         thread.start()
         try:
             yield
@@ -245,6 +247,8 @@ class RunStore:
         finally:
             stop.set()
             thread.join()
+            if is_main:
+                signal.signal(_INTERRUPT, handler or signal.SIG_DFL)
             with contextlib.suppress(OSError):  # it goes stale by itself, and is no reason to fail a finished job
                 if not self._is_locked_by_another(token):
                     self.root.remove(_LOCK)
@@ -323,6 +327,10 @@ def check_manifest(values: Any, where: str) -> dict[str, Any]:
 def _failure(values: Any, partition_id: str) -> dict[str, str]:
     known = values if isinstance(values, dict) else {}
     return {"partition_id": partition_id, **{name: str(known.get(name, "unknown")) for name in ("source", "error")}}
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _pid_space() -> str:
