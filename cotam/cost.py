@@ -15,7 +15,7 @@ from cotam.store.fs import Root
 from cotam.store.records import Completion
 from cotam.store.shard import read_rows
 
-GB = 2**30  # bytes, as object stores bill them
+GB = 2**30  # bytes, as S3 bills them
 _DECODED_IMAGES = 32
 _DECODED_PIXELS = 2**25
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "E": 10**18}
@@ -49,7 +49,7 @@ class Corpus:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prices:
-    """Prices in any one currency; the defaults are near what large providers list for the US, in dollars.
+    """Prices in any one currency; the defaults are examples, in dollars.
 
     Attributes:
         storage, archive: of a GB for a month, and where the originals are kept beside the bitstreams, if they are.
@@ -98,7 +98,12 @@ def costs(corpus: Corpus, prices: Prices, reads_per_month: float = 1.0) -> Costs
     """The costs of a corpus of which everything is read ``reads_per_month`` times.
 
     Decoding source files is not counted, nor are requests: a shard takes one where loose files take one each.
+
+    Raises:
+        ValueError: ``reads_per_month`` is negative or no number.
     """
+    if not 0 <= reads_per_month < float("inf"):
+        raise ValueError(f"reads_per_month {reads_per_month} is no number of times")
     source_gb, stored_gb = corpus.source_num_bytes / GB, corpus.stored_num_bytes / GB
     bitstreams = {
         "storage": prices.storage * stored_gb,

@@ -39,19 +39,13 @@ def cost(
     from cotam.cost import Prices, costs, measured_corpus, parse_num_bytes
     from cotam.report.cost import cost_parts, cost_rows, cost_summary, terabytes
     from cotam.report.page import page
-    from cotam.store.records import RunStore, StoreError
+    from cotam.store.records import RunStore
     from pipelines.pinned import load_codec
 
     prices = Prices(storage=storage, archive=archive, egress=egress, worker_hour=worker_hour, cpu_hour=cpu_hour)
     target = parse_num_bytes(corpus_bytes) if corpus_bytes is not None else None
     store = RunStore(dst)
-    try:
-        manifest = store.manifest()
-    except FileNotFoundError:
-        raise StoreError(f"{dst} has no manifest: encode a sample of the corpus there first") from None
-    if manifest["kind"] != "encode":
-        raise StoreError(f"{dst} holds the output of `cotam {manifest['kind']}`; name one of `cotam encode`")
-    made_with = manifest["config"]
+    made_with = store.manifest_of("encode")["config"]
     codec = load_codec(made_with["model"], made_with["model_sha256"], "cpu", made_with["max_pixels"])
     measured = measured_corpus(store.root, store.completions(), codec)
     corpus = measured.scaled_to(target) if target is not None else measured

@@ -27,18 +27,13 @@ def inspect(
     """List rows or rejects of DST, or show one image's row and bitstream header, and decode it to a file."""
     import pyarrow.compute as pc
 
-    from cotam.store.records import RunStore, StoreError
+    from cotam.store.records import RunStore
     from cotam.store.shard import read_keys, read_rejects, read_rows
 
     if (out is not None or plot is not None) and key is None:
         raise typer.BadParameter("--out and --plot need --key")
     store = RunStore(dst)
-    try:
-        manifest = store.manifest()
-    except FileNotFoundError:
-        raise StoreError(f"{dst} has no manifest: nothing was encoded there") from None
-    if manifest["kind"] != "encode" and not rejects:
-        raise StoreError(f"{dst} is the output of `cotam {manifest['kind']}`: of that, inspect shows --rejects only")
+    manifest = store.manifest() if rejects else store.manifest_of("encode")  # every kind of run has rejects
     wanted = 1 if key is not None else limit
     listed: list[dict[str, Any]] = []
     for record in store.completions():

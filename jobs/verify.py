@@ -23,19 +23,11 @@ def verify(
     from rich.progress import track
 
     from cotam.codec import Codec
-    from cotam.store.records import RunStore, StoreError
+    from cotam.store.records import RunStore
     from cotam.store.verify import verify_shard, verify_store
 
     store = RunStore(dst)
-    try:
-        manifest = store.manifest()
-    except FileNotFoundError:
-        raise StoreError(f"{dst} has no manifest: nothing was encoded there") from None
-    if manifest["kind"] != "encode":
-        raise StoreError(
-            f"{dst} is the output of `cotam {manifest['kind']}`; only `cotam encode` output can be verified"
-        )
-    config = manifest["config"]
+    config = store.manifest_of("encode")["config"]
     codec = Codec.load(config["model"], max_pixels=config["max_pixels"]) if decode else None
     problems = verify_store(store)
     num_shards, num_rows = len(store.completed_ids()), 0

@@ -19,7 +19,7 @@ from cotam.image import MAX_PIXELS, encode_image
 from cotam.stage_times import StageTimes
 from cotam.store.fs import Root
 from cotam.store.partitions import Partition, Partitions, partition_id
-from cotam.store.records import Completion, RunStore, StoreError
+from cotam.store.records import Completion, RunStore
 from cotam.store.schema import Reject, Row
 from cotam.store.shard import RejectWriter, file_sha256, read_rows
 from cotam.stream import DecodedRow, decode_stream, ordered_map
@@ -58,12 +58,7 @@ def list_shards(source: RunStore) -> Partitions:
     Raises:
         StoreError: not the output of `cotam encode`.
     """
-    try:
-        kind = source.manifest()["kind"]
-    except FileNotFoundError:
-        raise StoreError(f"{source.root.uri} has no manifest: not the output of `cotam encode`") from None
-    if kind != "encode":
-        raise StoreError(f"{source.root.uri} is the output of `cotam {kind}`, not of `cotam encode`")
+    source.manifest_of("encode")
     return Partitions.of(
         Partition(
             # Its source made with other options, or again, is another shard.

@@ -65,8 +65,10 @@ def _without_repeats(partitions: Partitions) -> Partitions:
     """Each partition once: braces and globs may name a file twice."""
     if pc.count_distinct(partitions.ids).as_py() == len(partitions):
         return partitions
-    seen: set[str] = set()
-    return Partitions.of(p for p in partitions if p.partition_id not in seen and not seen.add(p.partition_id))  # type: ignore[func-returns-value]
+    by_id: dict[str, Partition] = {}
+    for partition in partitions:
+        by_id.setdefault(partition.partition_id, partition)
+    return Partitions.of(by_id.values())
 
 
 def _find_partitions(source: str, wanted_image_column: str | None) -> Iterator[Partition]:

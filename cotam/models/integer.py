@@ -219,7 +219,9 @@ def depthwise_by_shifts(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     filters = weight.shape[0] // x.shape[1]
     height, width = x.shape[2:]
-    padded = F.pad(x, (1, 1, 1, 1)).repeat_interleave(filters, dim=1)
+    padded = F.pad(x, (1, 1, 1, 1))
+    if filters > 1:
+        padded = padded.repeat_interleave(filters, dim=1)
     out = bias[:, None, None].expand(len(x), -1, height, width)
     for row in range(3):
         for column in range(3):

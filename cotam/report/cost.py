@@ -24,14 +24,13 @@ def terabytes(num_bytes: float) -> str:
 
 def cost_rows(costs: Costs) -> list[tuple[str, str, str]]:
     """Rows of a table: what is paid for, as source files, as bitstreams."""
-    names = {"storage": "storage", "reading": "reading", "decoding": "decoding", "originals": "originals in an archive"}
     rows = []
-    for name, text in names.items():
-        amounts = [part.get(name) for part in (costs.source_files, costs.bitstreams)]
-        if any(amounts):
-            rows.append((f"{text}, a month", *("" if a is None else money(a) for a in amounts)))
-    monthly = (sum(part.values()) for part in (costs.source_files, costs.bitstreams))
-    return [*rows, ("a month", *map(money, monthly)), ("encoding, once", "", money(costs.once))]  # type: ignore[list-item]
+    for name in costs.bitstreams:
+        before, after = (part.get(name) for part in (costs.source_files, costs.bitstreams))
+        if before or after:
+            rows.append((f"{name}, a month", "" if before is None else money(before), money(after or 0.0)))
+    monthly = [money(sum(part.values())) for part in (costs.source_files, costs.bitstreams)]
+    return [*rows, ("a month", monthly[0], monthly[1]), ("encoding, once", "", money(costs.once))]
 
 
 def cost_summary(costs: Costs, months: float) -> str:

@@ -122,6 +122,16 @@ class RunStore:
         """The manifest. Raises FileNotFoundError where there is none, StoreError where it is none of a run."""
         return check_manifest(self.root.read_json(MANIFEST), f"{self.root.uri}/{MANIFEST}")
 
+    def manifest_of(self, kind: str) -> dict[str, Any]:
+        """The manifest of a store that `cotam KIND` made. Raises StoreError where there is none, or of another kind."""
+        try:
+            manifest = self.manifest()
+        except FileNotFoundError:
+            raise StoreError(f"{self.root.uri} has no manifest: it is no output of `cotam {kind}`") from None
+        if manifest["kind"] != kind:
+            raise StoreError(f"{self.root.uri} is the output of `cotam {manifest['kind']}`, not of `cotam {kind}`")
+        return manifest
+
     def completed_ids(self) -> pa.ChunkedArray:
         """Ids of the finished partitions, strings, in no order."""
         return self._ids("completed")
