@@ -33,7 +33,7 @@ def inspect(
     if (out is not None or plot is not None) and key is None:
         raise typer.BadParameter("--out and --plot need --key")
     store = RunStore(dst)
-    manifest = store.manifest() if rejects else store.manifest_of("encode")  # every kind of run has rejects
+    manifest = store.manifest_of(None if rejects else "encode")  # every kind of run has rejects
     wanted = 1 if key is not None else limit
     listed: list[dict[str, Any]] = []
     for record in store.completions():

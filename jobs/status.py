@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cotam.store.records import RunStore, StoreError
+from cotam.store.records import RunStore
 from jobs.console import megabytes, print_json, say
 from jobs.options import Json, Store
 from jobs.storage import StorageOptions
@@ -14,10 +14,7 @@ _SUMS = ("num_images", "num_rows", "num_rejects", "num_pixels", "source_num_byte
 def status(dst: Store, storage_options: StorageOptions = None, as_json: Json = False) -> None:
     """Show what is finished in DST, what failed, and what it was made with."""
     store = RunStore(dst)
-    try:
-        manifest = store.manifest()
-    except FileNotFoundError:
-        raise StoreError(f"{dst} has no manifest: nothing was encoded or decoded there") from None
+    manifest = store.manifest_of()
     failures, num_partitions = store.failures(), 0
     total = dict.fromkeys(_SUMS, 0)
     for record in store.completions():

@@ -122,13 +122,14 @@ class RunStore:
         """The manifest. Raises FileNotFoundError where there is none, StoreError where it is none of a run."""
         return check_manifest(self.root.read_json(MANIFEST), f"{self.root.uri}/{MANIFEST}")
 
-    def manifest_of(self, kind: str) -> dict[str, Any]:
-        """The manifest of a store that `cotam KIND` made. Raises StoreError where there is none, or of another kind."""
+    def manifest_of(self, kind: str | None = None) -> dict[str, Any]:
+        """The manifest of a store that `cotam KIND`, or any job, made. Raises StoreError where there is none such."""
         try:
             manifest = self.manifest()
         except FileNotFoundError:
-            raise StoreError(f"{self.root.uri} has no manifest: it is no output of `cotam {kind}`") from None
-        if manifest["kind"] != kind:
+            command = f"`cotam {kind}`" if kind is not None else "any job"
+            raise StoreError(f"{self.root.uri} has no manifest: it is no output of {command}") from None
+        if kind is not None and manifest["kind"] != kind:
             raise StoreError(f"{self.root.uri} is the output of `cotam {manifest['kind']}`, not of `cotam {kind}`")
         return manifest
 
