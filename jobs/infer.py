@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cotam.tasks.scores import SCORES
+from cotam.tasks.scores import METRICS
 from jobs.options import (
     Adapter,
     Autoscale,
@@ -36,7 +36,7 @@ def infer(
     mllm: Mllm = "cotam-vlm-tiny",
     input_kind: Input = "pixels",
     adapter: Adapter = "cotam-adapter-tiny",
-    metric: Annotated[str, typer.Option(help=f"Score of an answer: {', '.join(SCORES)}.")] = "exact_match",
+    metric: Annotated[str, typer.Option(help=f"Score of an answer: {', '.join(METRICS)}.")] = "exact_match",
     prompt: Prompt = "{question}",
     served_model: ServedModel = "",
     max_new_tokens: MaxNewTokens = 16,
@@ -103,7 +103,7 @@ def infer(
         finally:
             ids = {p.partition_id for p in partitions}
             paths = [record.data for record in store.completions() if record.partition_id in ids]
-            metrics = summarise(read_predictions(store.root, paths), metric)
+            metrics = summarise(partial(read_predictions, store.root, paths), metric)
             metrics["num_not_asked"] = max(0, num_in_task - metrics["num_questions"]) if num_in_task is not None else 0
             store.root.write_json("metrics.json", metrics)
     if as_json:
@@ -123,7 +123,8 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
     say(f"{metrics['num_questions']} questions about {metrics['num_images']} images, {metrics['bpp']:.3f} bpp.")
     for name, result in (("overall", metrics["overall"]), *metrics["by_level"].items(), *metrics["by_type"].items()):
         low, high = result["ci95"]
-        asked = f"{result['num_questions']} questions, blind {result['blind']:.1%}"
+        blind = "" if result["blind"] is None else f", blind {result['blind']:.1%}"
+        asked = f"{result['num_questions']} questions{blind}"
         say(f"  {name:10} {result['score']:6.1%}  ({low:.1%} to {high:.1%}, {asked})")
     if metrics["num_not_asked"]:
         say(f"{metrics['num_not_asked']} questions of the task are about no image of SRC, or a reject: not counted.")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from cotam.importance import DEFAULT_STRENGTH, Attention
-from cotam.tasks.scores import SCORES
+from cotam.tasks.scores import METRICS
 from jobs.options import (
     Adapter,
     Autoscale,
@@ -56,7 +56,7 @@ def sweep(
     clip: Clip = Attention.clip,
     layer: Layer = Attention.layer,
     queries: Queries = Attention.queries,
-    metric: Annotated[str, typer.Option(help=f"Score of an answer: {', '.join(SCORES)}.")] = "exact_match",
+    metric: Annotated[str, typer.Option(help=f"Score of an answer: {', '.join(METRICS)}.")] = "exact_match",
     image_column: Annotated[str | None, typer.Option(help="Image column of Parquet input.")] = None,
     num_workers: NumWorkers = 0,
     autoscale: Autoscale = False,

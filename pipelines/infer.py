@@ -26,7 +26,7 @@ from cotam.store.shard import RejectWriter, read_rows
 from cotam.stream import batches, decode_stream, ordered_map, prefetch
 from cotam.tasks.questions import Question, QuestionSource
 from cotam.tasks.results import PREDICTION_SCHEMA
-from cotam.tasks.scores import SCORES
+from cotam.tasks.scores import SCORES, check_metric
 from pipelines.counter import Counter, Report
 from pipelines.pinned import load_codec
 from pipelines.publish import publish_shard
@@ -40,7 +40,7 @@ class InferConfig:
 
     Attributes:
         task: a question file, "member:NAME", or "sceneqa".
-        metric: of the scores, a name in ``SCORES``.
+        metric: of the scores, a name in ``METRICS``.
         mllm: which MLLM, and how it is asked.
         mllm_sha256: of its weights, where they are local.
         adapter_sha256: of the adapter's file.
@@ -62,8 +62,7 @@ class InferConfig:
     task_sha256: str | None = None
 
     def __post_init__(self) -> None:
-        if self.metric not in SCORES:
-            raise ValueError(f"metric {self.metric!r} is none of {', '.join(SCORES)}")
+        check_metric(self.metric)
 
 
 class View(NamedTuple):
@@ -199,7 +198,7 @@ def ask(mllm: Mllm, asked: Sequence[tuple[View, Sequence[Question]]], metric: st
     asked = [(view, questions) for view, questions in asked if questions]
     if not asked:
         return []
-    score = SCORES[metric]
+    score = SCORES.get(metric)  # others score when all is answered
     answers = mllm.answer([Asked(v.pixels, [q.question for q in questions], v.y_hat) for v, questions in asked])
     rows = []
     for (view, questions), row in zip(asked, answers, strict=True):
@@ -219,7 +218,7 @@ def ask(mllm: Mllm, asked: Sequence[tuple[View, Sequence[Question]]], metric: st
                     "level": question.level,
                     "prediction": None if failed else answer,
                     "error": str(answer) if failed else None,
-                    "score": 0.0 if failed else score(str(answer), question.answers),
+                    "score": None if score is None else 0.0 if failed else score(str(answer), question.answers),
                 }
             )
     return rows

@@ -32,7 +32,7 @@ from cotam.store.shard import RejectWriter
 from cotam.stream import batches
 from cotam.tasks.questions import Question, QuestionSource
 from cotam.tasks.results import PREDICTION_SCHEMA
-from cotam.tasks.scores import SCORES
+from cotam.tasks.scores import check_metric
 from pipelines.counter import Counter, Report
 from pipelines.infer import Answered, View, ask, read_views, with_questions
 from pipelines.pinned import load_codec
@@ -102,8 +102,7 @@ class SweepConfig:
     image_column: str | None = None
 
     def __post_init__(self) -> None:
-        if self.metric not in SCORES:
-            raise ValueError(f"metric {self.metric!r} is none of {', '.join(SCORES)}")
+        check_metric(self.metric)
 
 
 SWEEP_SCHEMA = pa.schema(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import itertools
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from cotam.report.page import plot, table
 from cotam.store.records import RunStore
 from cotam.tasks.curves import Curve, Measured, measured_curves, saving
-from cotam.tasks.results import read_predictions
+from cotam.tasks.results import read_predictions, score_of, score_row
+from cotam.tasks.scores import max_score
 
 _LEVELS = {"low": "low (read)", "high": "high (scene)", "cross": "cross (relations)"}
 
@@ -28,7 +30,9 @@ def results_of(store: RunStore, paths: Sequence[str], metric: str) -> dict[str, 
         loss; curves by name, lists of points in order of bpp; savings of every curve against every other that it
         should be compared with; the same curves by level, and by type.
     """
-    rows = [_slim(row) for row in read_predictions(store.root, paths)]
+    every = partial(read_predictions, store.root, paths)
+    score, top = score_of(metric, every), max_score(metric)
+    rows = [_slim(row, score_row(row, score)) for row in every()]
     curves = measured_curves(rows, _curve_of)
     original = curves.pop("original", [])
     return {
@@ -36,11 +40,11 @@ def results_of(store: RunStore, paths: Sequence[str], metric: str) -> dict[str, 
         "num_images": len(original[0].bits) if original else 0,
         "num_questions": int(original[0].questions.sum()) if original else 0,
         "num_errors": sum(row["error"] is not None for row in rows),
-        "original": _point(original[0]) if original else None,
-        "curves": {name: [_point(m) for m in curve] for name, curve in curves.items()},
+        "original": _point(original[0], top) if original else None,
+        "curves": {name: [_point(m, top) for m in curve] for name, curve in curves.items()},
         "savings": _savings(curves),
-        "by_level": {level: _part(rows, level=level) for level in sorted({r["level"] for r in rows} - {""})},
-        "by_type": {kind: _part(rows, kind=kind) for kind in sorted({r["type"] for r in rows} - {""})},
+        "by_level": {level: _part(rows, top, level=level) for level in sorted({r["level"] for r in rows} - {""})},
+        "by_type": {kind: _part(rows, top, kind=kind) for kind in sorted({r["type"] for r in rows} - {""})},
     }
 
 
@@ -87,8 +91,9 @@ def _errors_note(results: Mapping[str, Any]) -> str:
     return f"<p><b>{results['num_errors']} answers are missing and count as wrong</b>, most of them: {most}.</p>"
 
 
-def _slim(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in ("question", "answers", "prediction")}
+def _slim(row: dict[str, Any], score: float) -> dict[str, Any]:
+    slim = {name: value for name, value in row.items() if name not in ("question", "answers", "prediction")}
+    return {**slim, "score": score}
 
 
 def _curve_of(row: Mapping[str, Any]) -> str:
@@ -98,18 +103,18 @@ def _curve_of(row: Mapping[str, Any]) -> str:
     return f"cotam, {guidance}, {row['input']}"
 
 
-def _part(rows: list[dict[str, Any]], level: str | None = None, kind: str | None = None) -> dict[str, Any]:
+def _part(rows: list[dict[str, Any]], top: float, level: str | None = None, kind: str | None = None) -> dict[str, Any]:
     curves = measured_curves(rows, _curve_of, level, kind)
     original = curves.pop("original", [])
     return {
-        "original": _point(original[0]) if original else None,
-        "curves": {name: [_point(m) for m in curve] for name, curve in curves.items()},
+        "original": _point(original[0], top) if original else None,
+        "curves": {name: [_point(m, top) for m in curve] for name, curve in curves.items()},
         "savings": _savings(curves),
     }
 
 
-def _point(measured: Measured) -> dict[str, float]:
-    low, high = measured.sums().interval()
+def _point(measured: Measured, top: float) -> dict[str, float]:
+    low, high = measured.sums(top).interval()
     finite = measured.psnr_rgb[np.isfinite(measured.psnr_rgb)]
     return {
         "quality": measured.quality,

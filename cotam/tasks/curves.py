@@ -31,9 +31,9 @@ class Measured(NamedTuple):
     failed: _Floats
     psnr_rgb: _Floats
 
-    def sums(self) -> ImageSums:
-        """For intervals of the score."""
-        sums = ImageSums()
+    def sums(self, max_score: float = 1.0) -> ImageSums:
+        """For intervals of the score, of at most ``max_score`` a question."""
+        sums = ImageSums(max_score)
         for score, questions in zip(self.scores.tolist(), self.questions.tolist(), strict=True):
             sums.add(score, questions)
         return sums

@@ -10,8 +10,13 @@ from scipy.stats import t
 
 @dataclasses.dataclass
 class ImageSums:
-    """Sums over images, of which each has a score, summed over its questions, and a number of questions."""
+    """Sums over images, of which each has a score, summed over its questions, and a number of questions.
 
+    Attributes:
+        max_score: of a question.
+    """
+
+    max_score: float = 1.0
     images: int = 0
     score: float = 0.0
     questions: float = 0.0
@@ -39,7 +44,8 @@ class ImageSums:
 
         Wilson 1927, with Student's quantile for few images. The plain interval is a point where all answers are right.
         """
-        mean, variance = self.score / self.questions, self.standard_error() ** 2
+        top = self.max_score
+        mean, variance = self.score / self.questions / top, (self.standard_error() / top) ** 2
         num = float(self.images)  # where all images agree, each is one question
         if variance > 1e-12 and 0 < mean < 1:
             num = min(max(1.0, mean * (1 - mean) / variance), self.questions)
@@ -47,4 +53,4 @@ class ImageSums:
         centre = mean + quantile**2 / (2 * num)
         width = quantile * math.sqrt(mean * (1 - mean) / num + quantile**2 / (4 * num**2))
         scale = 1 + quantile**2 / num
-        return max(0.0, (centre - width) / scale), min(1.0, (centre + width) / scale)
+        return top * max(0.0, (centre - width) / scale), top * min(1.0, (centre + width) / scale)

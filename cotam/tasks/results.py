@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
@@ -10,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cotam.store.fs import Root
-from cotam.tasks.blind import AskedQuestion, blind_answers
+from cotam.tasks.blind import AskedQuestion, BlindSample
 from cotam.tasks.intervals import ImageSums
-from cotam.tasks.scores import SCORES, yes_no
+from cotam.tasks.scores import CORPUS_SCORES, SCORES, Score, is_yes, max_score, yes_no
 
 PREDICTION_SCHEMA = pa.schema(
     [
@@ -33,24 +34,42 @@ PREDICTION_SCHEMA = pa.schema(
 )
 
 
+Row = Mapping[str, Any]  # of PREDICTION_SCHEMA
+Rows = Callable[[], Iterable[Row]]  # from the first one each time; memory does not hold them all
+
+
 class _Mean:
-    """A mean over questions, and what guessing blind gives."""
+    """A mean over questions."""
 
-    def __init__(self) -> None:
-        self.sums, self.blind = ImageSums(), 0.0
+    def __init__(self, max_score: float) -> None:
+        self.sums = ImageSums(max_score)
 
-    def result(self) -> dict[str, Any]:
+    def result(self, blind: float | None) -> dict[str, Any]:
         """JSON-serialisable."""
         num = round(self.sums.questions)
         return {
             "score": self.sums.score / num,
             "ci95": list(self.sums.interval()),
             "num_questions": num,
-            "blind": self.blind / num,
+            "blind": blind,
         }
 
 
-def summarise(rows: Iterable[Mapping[str, Any]], metric: str) -> dict[str, Any]:
+def score_of(metric: str, rows: Rows) -> Score:
+    """The score called ``metric``, one of ``METRICS``; one that needs the references of all ``rows`` reads them."""
+    if metric in CORPUS_SCORES:
+        return CORPUS_SCORES[metric](row["answers"] for row in rows())
+    return SCORES[metric]
+
+
+def score_row(row: Row, score: Score) -> float:
+    """What a row scores: what it says, or where it does not, by ``score``; 0 without an answer."""
+    if row["score"] is not None:
+        return float(row["score"])
+    return 0.0 if row["error"] is not None else score(row["prediction"], row["answers"])
+
+
+def summarise(rows: Rows, metric: str) -> dict[str, Any]:
     """Scores over all questions, by type and by level, and bits per pixel.
 
     Args:
@@ -60,49 +79,46 @@ def summarise(rows: Iterable[Mapping[str, Any]], metric: str) -> dict[str, Any]:
     Returns:
         JSON-serialisable: num_images, num_questions, num_errors, bpp (all bytes over all pixels), metric, overall,
         by_type, by_level (each with score, ci95, num_questions, and blind: the score of the answers that the question
-        alone suggests, ``blind_answers``), and yes_no where all answers are yes or no.
+        alone suggests, ``BlindSample``), and yes_no where all answers are yes or no.
     """
-    overall = _Mean()
+    score, top = score_of(metric, rows), max_score(metric)
+    overall = _Mean(top)
     by_type: dict[str, _Mean] = {}
     by_level: dict[str, _Mean] = {}
-    binary: list[tuple[str, str]] = []
-    asked_alone: list[tuple[AskedQuestion, str]] = []
+    binary: Counter[tuple[bool, bool]] = Counter()
+    blind = BlindSample()
     num_images = num_errors = num_bytes = num_pixels = 0
-    for _, group in groupby(rows, key=lambda row: (row["source"], row["key"])):
+    for _, group in groupby(rows(), key=lambda row: (row["source"], row["key"])):
         asked = list(group)
+        scores = [score_row(row, score) for row in asked]
         num_images += 1
         num_bytes += asked[0]["num_bytes"]
         num_pixels += asked[0]["width"] * asked[0]["height"]
         num_errors += sum(row["error"] is not None for row in asked)
-        overall.sums.add(sum(row["score"] for row in asked), len(asked))
+        overall.sums.add(sum(scores), len(scores))
         for means, name in ((by_type, "type"), (by_level, "level")):
             for value in {row[name] for row in asked if row[name]}:
-                scores = [r["score"] for r in asked if r[name] == value]
-                means.setdefault(value, _Mean()).sums.add(sum(scores), len(scores))
+                own = [s for s, row in zip(scores, asked, strict=True) if row[name] == value]
+                means.setdefault(value, _Mean(top)).sums.add(sum(own), len(own))
+        blind.add(num_images, [AskedQuestion(r["question"], r["type"], r["level"], tuple(r["answers"])) for r in asked])
         for row in asked:
-            alone = AskedQuestion(row["question"], row["type"], tuple(row["answers"]), num_images)
-            asked_alone.append((alone, row["level"]))
             right = {answer.strip().lower() for answer in row["answers"]}
             if right in ({"yes"}, {"no"}):
-                other = "no" if right == {"yes"} else "yes"
-                binary.append((row["prediction"] or other, right.pop()))  # no answer is a wrong one
-    for (question, level), guess in zip(asked_alone, blind_answers([q for q, _ in asked_alone]), strict=True):
-        score = SCORES[metric](guess, question.answers)
-        for mean in (overall, by_type.get(question.type), by_level.get(level)):
-            if mean is not None:
-                mean.blind += score
+                yes = right == {"yes"}
+                binary[is_yes(row["prediction"]) if row["prediction"] else not yes, yes] += 1  # no answer is wrong
+    guessed = blind.scores(score)
     results: dict[str, Any] = {
         "num_images": num_images,
         "num_questions": round(overall.sums.questions),
         "num_errors": num_errors,
         "bpp": 8 * num_bytes / num_pixels if num_pixels else None,
         "metric": metric,
-        "overall": overall.result() if overall.sums.images else None,
-        "by_type": {name: mean.result() for name, mean in sorted(by_type.items())},
-        "by_level": {name: mean.result() for name, mean in sorted(by_level.items())},
+        "overall": overall.result(guessed.overall) if overall.sums.images else None,
+        "by_type": {name: mean.result(guessed.by_type.get(name)) for name, mean in sorted(by_type.items())},
+        "by_level": {name: mean.result(guessed.by_level.get(name)) for name, mean in sorted(by_level.items())},
     }
     if binary:
-        results["yes_no"] = yes_no(*zip(*binary, strict=True))._asdict()
+        results["yes_no"] = yes_no(binary)._asdict()
     return results
 
 

@@ -1,12 +1,14 @@
-"""Scores of answers, as the benchmarks define them: exact match, VQA accuracy, ANLS, and yes/no classification."""
+"""Scores of answers, as the benchmarks define them: exact match, VQA accuracy, ANLS, CIDEr-D, yes/no classification."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from rapidfuzz.distance import Levenshtein
+
+from cotam.tasks.captions import CIDER_MAX, cider_d
 
 Score = Callable[[str, Sequence[str]], float]
 
@@ -80,22 +82,37 @@ def is_yes(prediction: str) -> bool:
     return not _NEGATIONS & set(first.split())
 
 
-def yes_no(predictions: Iterable[str], answers: Iterable[str]) -> YesNo:
-    """Precision, recall and F1 of yes/no questions. ``answers`` are "yes" or "no"."""
-    pairs = [(is_yes(p), is_yes(a)) for p, a in zip(predictions, answers, strict=True)]
-    true_yes = sum(p and a for p, a in pairs)
-    said_yes, are_yes = sum(p for p, _ in pairs), sum(a for _, a in pairs)
+def yes_no(cases: Mapping[tuple[bool, bool], int]) -> YesNo:
+    """Precision, recall and F1 of yes/no questions: how often (the prediction is yes, the answer is yes)."""
+    true_yes, total = cases.get((True, True), 0), sum(cases.values())
+    said_yes = true_yes + cases.get((True, False), 0)
+    are_yes = true_yes + cases.get((False, True), 0)
     precision, recall = _ratio(true_yes, said_yes), _ratio(true_yes, are_yes)
     return YesNo(
-        accuracy=_ratio(sum(p == a for p, a in pairs), len(pairs)),
+        accuracy=_ratio(true_yes + cases.get((False, False), 0), total),
         precision=precision,
         recall=recall,
         f1=_ratio(2 * precision * recall, precision + recall),
-        yes_rate=_ratio(said_yes, len(pairs)),
+        yes_rate=_ratio(said_yes, total),
     )
 
 
+# Of an answer by itself, and of one among all references of a run: those are known when it ends.
 SCORES: dict[str, Score] = {"exact_match": exact_match, "vqa_accuracy": vqa_accuracy, "anls": anls}
+CORPUS_SCORES: dict[str, Callable[[Iterable[Sequence[str]]], Score]] = {"cider": cider_d}
+METRICS = (*SCORES, *CORPUS_SCORES)
+_MAX_SCORES = {"cider": CIDER_MAX}
+
+
+def check_metric(metric: str) -> None:
+    """Raise ValueError for a name that is none of ``METRICS``."""
+    if metric not in METRICS:
+        raise ValueError(f"metric {metric!r} is none of {', '.join(METRICS)}")
+
+
+def max_score(metric: str) -> float:
+    """What an answer can score at most."""
+    return _MAX_SCORES.get(metric, 1.0)
 
 
 def _ratio(part: float, whole: float) -> float:

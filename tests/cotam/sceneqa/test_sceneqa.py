@@ -20,7 +20,7 @@ from cotam.sceneqa.scene import COLOURS, KINDS, SHAPES, Scene, sample_scene
 from cotam.store.partitions import Partition
 from cotam.store.readers import read_partition
 from cotam.store.schema import Sample
-from cotam.tasks.blind import AskedQuestion, blind_answers
+from cotam.tasks.blind import AskedQuestion, BlindSample
 from cotam.tasks.questions import read_questions
 from cotam.tasks.scores import exact_match
 
@@ -98,20 +98,19 @@ def test_answers_are_true_of_the_scene() -> None:
 
 def test_answering_without_looking_does_not_pay() -> None:
     scenes = [sample_scene("train", k) for k in range(2000)]
-    test = [
-        AskedQuestion(q.question, q.type, q.answers, k)
-        for k, scene in enumerate(scenes)
-        for q in scene_questions(scene)
-    ]
+    sample = BlindSample()
+    for k, scene in enumerate(scenes):
+        sample.add(k, [AskedQuestion(q.question, q.type, q.level, q.answers) for q in scene_questions(scene)])
+    test = sample.guesses()
     right, asked = Counter[str](), Counter[str]()
-    for question, guess in zip(test, blind_answers(test), strict=True):
+    for question, guess in test:
         asked[question.type] += 1
         right[question.type] += exact_match(guess, question.answers) > 0
     assert set(asked) == set(LEVELS)
     bounds = {"read": 0.05, "kind": 0.25, "count": 0.45, "colour": 0.3, "exists": 0.57, "left": 0.57, "larger": 0.57}
     for kind, bound in bounds.items():
         assert right[kind] / asked[kind] < bound, kind
-    assert len({q.answers[0] for q in test if q.type == "colour"}) == len(COLOURS)
+    assert len({q.answers[0] for q, _ in test if q.type == "colour"}) == len(COLOURS)
 
 
 def test_dataset_reads_back(tmp_path: Path, photos: dict[str, RGBImage]) -> None:

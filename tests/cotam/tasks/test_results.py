@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cotam.tasks.blind import AskedQuestion, BlindSample
 from cotam.tasks.curves import Measured, measured_curves, saving
 from cotam.tasks.results import summarise
+from cotam.tasks.scores import exact_match
 
 
 def row(key: str, score: float, **changes: Any) -> dict[str, Any]:
@@ -27,27 +29,27 @@ def test_a_summary_counts_every_question_and_every_byte_once() -> None:
         row("b", 0.0, num_bytes=1000, prediction="no"),
         row("b", 1.0, num_bytes=1000, answers=["no"], prediction="no"),
     ]
-    summary = summarise(rows, "exact_match")
+    summary = summarise(lambda: rows, "exact_match")
     assert (summary["num_images"], summary["num_questions"], summary["num_errors"]) == (2, 5, 1)
     assert summary["bpp"] == pytest.approx(8 * 1500 / 10_000)
     assert summary["overall"]["score"] == pytest.approx(3 / 5)
     assert summary["by_level"]["low"]["score"] == 0 and summary["by_type"]["exists"]["num_questions"] == 4
     assert summary["yes_no"]["precision"] == 1 and summary["yes_no"]["recall"] == pytest.approx(2 / 3)
-    assert summarise([], "exact_match")["overall"] is None
+    assert summarise(list, "exact_match")["overall"] is None
 
 
 def test_questions_without_an_answer_are_wrong_whichever_class_they_are_of() -> None:
     failed = {"prediction": None, "error": "busy"}
     rows = [row(str(k), 0.0, answers=["Yes" if k % 2 else "no"], **failed) for k in range(10)]
-    assert summarise(rows, "exact_match")["yes_no"] == {
+    assert summarise(lambda: rows, "exact_match")["yes_no"] == {
         "accuracy": 0, "precision": 0, "recall": 0, "f1": 0, "yes_rate": 0.5,
     }  # fmt: skip
 
 
 def test_a_few_right_answers_are_not_certainty() -> None:
-    low, high = summarise([row(str(k), 1.0) for k in range(5)], "exact_match")["overall"]["ci95"]
+    low, high = summarise(lambda: [row(str(k), 1.0) for k in range(5)], "exact_match")["overall"]["ci95"]
     assert low == pytest.approx(0.393, abs=0.001) and high == 1  # Wilson's interval of 5 of 5, with Student's t of 4
-    low, high = summarise([row("a", 1.0), row("a", 0.0)], "exact_match")["overall"]["ci95"]
+    low, high = summarise(lambda: [row("a", 1.0), row("a", 0.0)], "exact_match")["overall"]["ci95"]
     assert low < 0.1 and high > 0.9  # one image
 
 
@@ -58,11 +60,22 @@ def test_the_blind_baseline_knows_the_questions_and_nothing_of_the_answer_it_gue
         if k % 2:
             rows.append(row(str(k), 1.0, type="kind", question="What kind?", answers=["beach"]))
         rows.append(row(str(k), 1.0, type="read", level="low", question=f"Sign {k}?", answers=[str(k)]))
-    summary = summarise(rows, "exact_match")
+    summary = summarise(lambda: rows, "exact_match")
     assert summary["by_type"]["exists"]["blind"] == pytest.approx(0.7)
     assert summary["by_type"]["read"]["blind"] == summary["by_level"]["low"]["blind"] == 0
     assert summary["by_type"]["kind"]["blind"] == 1  # images that alternate between kinds are in both halves
     assert summary["overall"]["blind"] == pytest.approx((14 + 10) / 50)
+
+
+def test_the_blind_baseline_of_many_questions_is_that_of_a_sample_of_whole_images() -> None:
+    sample = BlindSample(max_questions=1000)
+    for k in range(20_000):
+        answer = "yes" if k % 10 < 7 else "no"
+        sample.add(k, [AskedQuestion("Is it?", "exists", "cross", (answer,)), AskedQuestion("What?", "", "", ("x",))])
+    assert 400 <= len(sample.guesses()) <= 1000
+    scores = sample.scores(exact_match)
+    assert scores.by_type["exists"] == pytest.approx(0.7, abs=0.06) and scores.by_level["cross"] < 1
+    assert scores.overall == pytest.approx((scores.by_type["exists"] + 1) / 2)
 
 
 def test_the_interval_of_a_mean_covers_it_when_an_images_questions_stand_or_fall_together() -> None:
@@ -70,7 +83,7 @@ def test_the_interval_of_a_mean_covers_it_when_an_images_questions_stand_or_fall
     covered = 0
     for _ in range(200):
         rows = [row(str(k), float(right)) for k, right in enumerate(rng.random(80) < 0.7) for _ in range(5)]
-        low, high = summarise(rows, "exact_match")["overall"]["ci95"]
+        low, high = summarise(rows.copy, "exact_match")["overall"]["ci95"]
         covered += low <= 0.7 <= high
     assert 175 <= covered <= 200  # 190 expected; with questions as independent draws it would be about 120
 

@@ -79,10 +79,7 @@ def test_free_answers_are_read_as_pope_reads_them(answer: str, yes: bool) -> Non
 
 
 def test_yes_no_classification() -> None:
-    """3 true positives, 1 false positive, 2 false negatives, 4 true negatives."""
-    predictions = ["yes"] * 4 + ["no"] * 6
-    answers = ["yes"] * 3 + ["no"] + ["yes"] * 2 + ["no"] * 4
-    result = yes_no(predictions, answers)
-    assert result == pytest.approx((0.7, 0.75, 0.6, 2 / 3, 0.4))
-    assert yes_no([], []) == (0, 0, 0, 0, 0)
-    assert yes_no(["no"], ["no"]) == (1, 0, 0, 0, 0)
+    cases = {(True, True): 3, (True, False): 1, (False, True): 2, (False, False): 4}
+    assert yes_no(cases) == pytest.approx((0.7, 0.75, 0.6, 2 / 3, 0.4))
+    assert yes_no({}) == (0, 0, 0, 0, 0)
+    assert yes_no({(False, False): 1}) == (1, 0, 0, 0, 0)
