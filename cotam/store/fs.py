@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import json
 import os
 import re
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,6 +76,28 @@ class Root:
         with _becoming(target) as temporary, open(temporary, "wb") as file:
             file.write(data)
 
+    def create_json(self, path: str, value: Any) -> None:
+        """Write JSON that must not be there yet; of several that try at once one succeeds.
+
+        A filesystem that cannot say so replaces it.
+
+        Raises:
+            FileExistsError: it is there; on an object store perhaps by this very call, if an answer to it was lost.
+        """
+        target, data = self.join(path), _json_bytes(value)
+        if not self.is_local:
+            try:
+                self.fs.pipe_file(target, data, mode="create")
+            except (NotImplementedError, TypeError, ValueError):
+                self.fs.pipe_file(target, data)
+            except OSError as error:
+                if error.errno != errno.ENOSYS:
+                    raise
+                self.fs.pipe_file(target, data)
+            return
+        with _becoming(target, _link) as temporary, open(temporary, "wb") as file:
+            file.write(data)
+
     def publish(self, local_file: Path, path: str) -> None:
         """Move a finished local file to ``path`` so that readers see the whole of it or nothing."""
         target = self.join(path)
@@ -119,7 +142,11 @@ class Root:
 
     def write_json(self, path: str, value: Any) -> None:
         """Write JSON atomically, readable by people."""
-        self.write(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+        self.write(path, _json_bytes(value))
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
 
 class File(NamedTuple):
@@ -209,7 +236,7 @@ def _local_file(name: str) -> File:
 
 
 @contextlib.contextmanager
-def _becoming(target: str) -> Iterator[str]:
+def _becoming(target: str, become: Callable[[str, str], None] = os.replace) -> Iterator[str]:
     """A temporary file beside ``target`` that becomes it at the end; where that fails, a full disk for one, it goes."""
     head, tail = os.path.split(target)
     os.makedirs(head, exist_ok=True)
@@ -218,11 +245,20 @@ def _becoming(target: str) -> Iterator[str]:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
+        become(temporary, target)
+    finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+
+
+def _link(temporary: str, target: str) -> None:
+    """Give a file its name unless there is one of that name: FileExistsError; without hard links, replace that."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
         raise
+    except OSError:
+        os.replace(temporary, target)
 
 
 def is_transient(error: BaseException) -> bool:

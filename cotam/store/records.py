@@ -229,8 +229,9 @@ class RunStore:
             "started": _started(os.getpid()),
         }
         self._refuse_if_locked()
-        self.root.write_json(_LOCK, {**owner, "heartbeat": time.time()})
-        if self.root.read_json(_LOCK)["token"] != token:  # two jobs that started at once: the last writer stays
+        with contextlib.suppress(FileExistsError):
+            self.root.create_json(_LOCK, {**owner, "heartbeat": time.time()})
+        if self._is_locked_by_another(token):  # of two that started at once
             raise StoreError(f"another job has just started on {self.root.uri}; wait for it or choose another DST")
         stop, lost = threading.Event(), threading.Event()
         is_main = threading.current_thread() is threading.main_thread()
@@ -269,9 +270,14 @@ class RunStore:
         return held is not None and held["token"] != token
 
     def _refuse_if_locked(self) -> None:
+        """Remove a lock that nobody holds any more; raise StoreError for one that somebody holds."""
         held = self._read_lock()
-        if held is None:
-            return
+        if held is not None:
+            self._refuse_if_alive(held)
+        if self.root.exists(_LOCK) and self._read_lock() == held:  # nobody was faster
+            self.root.remove(_LOCK)
+
+    def _refuse_if_alive(self, held: dict[str, Any]) -> None:
         if held["pids"] == _pid_space():
             # Another container, or a later process, may have the same numbers.
             alive = _process_exists(held["pid"]) and held.get("started") in (None, _started(held["pid"]))

@@ -41,6 +41,7 @@ BODY_TIMEOUT_S = 300  # for one range, however steadily it trickles
 _READ_BYTES = 16 * 2**20  # what a reset costs at most, and a trickle of some 50 kB/s still delivers in time
 _PART_BYTES = 50 * 2**20  # files of two parts and more are multipart uploads
 _PARTS_AT_A_TIME = 4  # held in memory
+_EXISTS = {"PreconditionFailed", "412", "ConditionalRequestConflict"}  # what was to be created
 _NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, NoAuthTokenError, SSOError, TokenRetrievalError)
 
 
@@ -156,6 +157,8 @@ def _as_os_error(error: Exception, uri: str) -> Exception:
         message = f"{uri}: {details.get('Message') or error} ({details.get('Code', 'no code')})"
         if details.get("Code") == "NoSuchUpload":  # it was completed, but the answer was lost: no missing file
             return OSError(errno.EIO, message)
+        if details.get("Code") in _EXISTS:
+            return FileExistsError(errno.EEXIST, message)
         translated: Exception = translate_boto_error(error, message)
         return translated
     if isinstance(error, _NO_CREDENTIALS):

@@ -264,6 +264,16 @@ def test_a_server_that_is_away_is_an_oserror_and_the_lock_outlives_it(
     assert not store.root.exists("_cotam/lock.json")
 
 
+def test_a_lock_is_created_once(server: str, proxy: FaultProxy) -> None:
+    root = Root("s3://corpus/created")
+    root.create_json("_cotam/lock.json", {"token": "first"})
+    with pytest.raises(FileExistsError):
+        root.create_json("_cotam/lock.json", {"token": "second"})
+    assert root.read_json("_cotam/lock.json") == {"token": "first"}
+    with RunStore("s3://corpus/created").lock():  # that one is of no job
+        assert root.read_json("_cotam/lock.json")["token"] != "first"
+
+
 def big_shard(path: Path, seed: int) -> Path:
     """A Parquet file of 12 MB that nothing compresses."""
     generator = np.random.default_rng(seed)

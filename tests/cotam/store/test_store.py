@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -85,6 +87,28 @@ def test_two_jobs_on_one_store_are_refused_and_a_dead_one_is_not(tmp_path: Path)
     held = {"token": "t", "host": "another-host", "pid": 1, "heartbeat": time.time()}
     (tmp_path / "_cotam/lock.json").write_text(json.dumps(held))
     with pytest.raises(StoreError, match="another-host"), store.lock():
+        pass
+
+
+def test_of_jobs_that_start_at_once_one_gets_the_store(tmp_path: Path) -> None:
+    together = threading.Barrier(4)
+
+    def job(_: int) -> bool:
+        together.wait()
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(RunStore(str(tmp_path)).lock())
+            except StoreError:
+                return False
+            finally:
+                together.wait()
+            return True
+
+    with ThreadPoolExecutor(4) as jobs:
+        for _ in range(20):
+            assert sum(jobs.map(job, range(4))) == 1
+    (tmp_path / "_cotam/lock.json").write_text("{")  # of no job
+    with RunStore(str(tmp_path)).lock():
         pass
 
 
