@@ -61,7 +61,9 @@ class Counter:
         )  # fmt: skip
         self._add(images=1, rejects=1)
 
-    def completion(self, data: str, num_bytes: int | None, sha256: str | None) -> Completion:
+    def completion(
+        self, data: str, num_bytes: int | None, sha256: str | None, rejects_sha256: str | None
+    ) -> Completion:
         """The completion record of the partition, whose output is at ``data``."""
         self._send()
         total = self._total
@@ -77,6 +79,7 @@ class Counter:
             data=data,
             data_num_bytes=num_bytes,
             data_sha256=sha256,
+            rejects_sha256=rejects_sha256,
             seconds=time.monotonic() - self._started,
             stage_seconds=self._reported_seconds,
         )

@@ -113,8 +113,8 @@ class DecodeTask:
                     for name, content in _counted(files, counts, bad):
                         with times.measure("write"):
                             store.root.write(f"{data}/{name}", content)
-            bad.publish(store.root, partition.partition_id)
-        return counts.completion(data, num_bytes, sha256)
+            rejects_sha256 = bad.publish(store.root, partition.partition_id)
+        return counts.completion(data, num_bytes, sha256, rejects_sha256)
 
     def _to_files(self, item: DecodedRow | Reject, times: StageTimes) -> tuple[Row, list[tuple[str, bytes]]] | Reject:
         if isinstance(item, Reject):

@@ -15,8 +15,8 @@ def publish_shard(
 ) -> Completion:
     """Publish the rejects, then the finished Parquet file ``shard``. Returns the completion record, not yet written."""
     with counts.times.measure("write"):
-        rejects.publish(store.root, partition.partition_id)
+        rejects_sha256 = rejects.publish(store.root, partition.partition_id)
         sha256, num_bytes = file_sha256(shard), shard.stat().st_size
         target = f"data/{partition.partition_id}.parquet"
         store.root.publish(shard, target)
-    return counts.completion(target, num_bytes, sha256)
+    return counts.completion(target, num_bytes, sha256, rejects_sha256)

@@ -207,8 +207,8 @@ def _read_parquet(partition: Partition) -> Iterator[Sample | Reject]:
         for k in range(first, end):
             last = row + metadata.row_group(k).num_rows
             try:
-                for values in _rows(parquet, k):
-                    yield _parquet_item(values, source, column, keys, f"{row:09d}")
+                for values, problem in _rows(parquet, k):
+                    yield _parquet_item(values, problem, source, column, keys, f"{row:09d}")
                     row += 1
                 reason = "fewer rows than its footer says"
             except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
@@ -223,18 +223,27 @@ def _read_parquet(partition: Partition) -> Iterator[Sample | Reject]:
             row = last
 
 
-def _rows(parquet: pq.ParquetFile, row_group: int) -> Iterator[dict[str, Any] | str]:
-    """The rows of a row group; a row that Python cannot have, as text that is not UTF-8, comes as its error."""
+def _rows(parquet: pq.ParquetFile, row_group: int) -> Iterator[tuple[dict[str, Any], str | None]]:
+    """The rows of a row group; of one with values that Python cannot have, as text that is no UTF-8, the others."""
     for batch in parquet.iter_batches(batch_size=_PARQUET_BATCH_ROWS, row_groups=[row_group]):
         batch = _without_extensions(batch)
         try:
-            yield from batch.to_pylist()
+            for values in batch.to_pylist():
+                yield values, None
         except (pa.ArrowException, ValueError, OverflowError):
             for k in range(batch.num_rows):
-                try:
-                    yield batch.slice(k, 1).to_pylist()[0]
-                except (pa.ArrowException, ValueError, OverflowError) as error:
-                    yield f"row cannot be read: {' '.join(str(error).split())}"
+                yield _row(batch, k)
+
+
+def _row(batch: pa.RecordBatch, k: int) -> tuple[dict[str, Any], str | None]:
+    values: dict[str, Any] = {}
+    problem = None
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            values[name] = column[k].as_py()
+        except (pa.ArrowException, ValueError, OverflowError) as error:
+            problem = f"row cannot be read: {' '.join(str(error).split())} (column {name})"
+    return values, problem
 
 
 def _without_extensions(batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -246,20 +255,20 @@ def _without_extensions(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def _parquet_item(
-    values: dict[str, Any] | str, source: str, column: str, keys: str | None, default_key: str
+    values: dict[str, Any], problem: str | None, source: str, column: str, keys: str | None, default_key: str
 ) -> Sample | Reject:
-    if isinstance(values, str):
-        return Reject(key=default_key, source=source, stage="read", error=values)
-    key = values.pop(keys) if keys is not None else None
-    image = values.pop(column)
+    key = values.pop(keys, None) if keys is not None else None
+    image = values.pop(column, None)
     if isinstance(image, dict) and isinstance(image.get("path"), str):  # as Hugging Face's datasets have it
         key = key or image["path"]
     key = key or default_key
     image = image.get("bytes") if isinstance(image, dict) else image
     if image is None:
-        return Reject(key=key, source=source, stage="read", error=f"no image in column {column}")
-    if len(image) > MAX_SAMPLE_BYTES:
-        return Reject(key=key, source=source, stage="read", error=f"over {MAX_SAMPLE_BYTES} bytes")
+        problem = problem or f"no image in column {column}"
+    elif len(image) > MAX_SAMPLE_BYTES:
+        image, problem = None, f"over {MAX_SAMPLE_BYTES} bytes"
+    if problem is not None:
+        return Reject(key=key, source=source, stage="read", error=problem, image=image)
     return Sample(key=key, source=source, image=image, members=values)
 
 

@@ -47,6 +47,7 @@ class Completion:
         source_num_bytes, bitstream_num_bytes: sums over the rows.
         data: path of the shard (or tar, or folder) below the store's root.
         data_num_bytes, data_sha256: of that file; None for a folder.
+        rejects_sha256: of the rejects' file, where there is one.
         seconds: wall time.
         stage_seconds: how long threads were busy, by stage; see ``cotam.stage_times``.
     """
@@ -62,6 +63,7 @@ class Completion:
     data: str
     data_num_bytes: int | None
     data_sha256: str | None
+    rejects_sha256: str | None = None
     seconds: float
     stage_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 

@@ -173,13 +173,19 @@ class RejectWriter:
         if self._buffered_bytes >= ROW_GROUP_BYTES or len(self._rejects) >= _ROW_GROUP_ROWS:
             self._flush()
 
-    def publish(self, root: Root, partition_id: str) -> None:
-        """After closing: move the file to its place in a store, or remove what an earlier attempt left there."""
-        target = f"_cotam/rejects/{partition_id}.parquet"
-        if self.path.exists():
-            root.publish(self.path, target)
-        else:
+    def publish(self, root: Root, partition_id: str) -> str | None:
+        """After closing: move the file to its place in a store, or remove what an earlier attempt left there.
+
+        Returns:
+            The file's sha256 (hex); None where there are no rejects.
+        """
+        target = rejects_path(partition_id)
+        if not self.path.exists():
             root.remove(target)
+            return None
+        sha256 = file_sha256(self.path)
+        root.publish(self.path, target)
+        return sha256
 
     def _flush(self) -> None:
         if not self._rejects:
@@ -196,9 +202,14 @@ def _plain(value: bytes | str | None) -> bytes | str | None:
     return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
 
+def rejects_path(partition_id: str) -> str:
+    """Where a store has the rejects of a partition."""
+    return f"_cotam/rejects/{partition_id}.parquet"
+
+
 def read_rejects(root: Root, partition_id: str) -> list[Reject]:
     """The rejects of a partition, without their bytes; none when it has no file of them."""
-    path = f"_cotam/rejects/{partition_id}.parquet"
+    path = rejects_path(partition_id)
     if not root.exists(path):
         return []
     # Not pq.read_table: its scanner's threads may outlive the file, and then abort the process at its end.

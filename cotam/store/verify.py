@@ -11,7 +11,7 @@ from cotam.codec import Codec
 from cotam.store.ids import difference, each, ids_of, in_order
 from cotam.store.records import Completion, RunStore
 from cotam.store.schema import Reject
-from cotam.store.shard import read_rejects, read_rows
+from cotam.store.shard import read_rejects, read_rows, rejects_path
 from cotam.stream import decode_stream
 
 _READ_BYTES = 2**22
@@ -32,12 +32,15 @@ def verify_store(store: RunStore) -> list[str]:
 
 
 def verify_shard(store: RunStore, record: Completion, codec: Codec | None) -> ShardReport:
-    """Check a shard's hash, counts and, with a codec, that every bitstream decodes to its row's size."""
+    """Check the hashes of a shard and its rejects, counts and, with a codec, that bitstreams decode to their rows' sizes."""
     problems: list[str] = []
     num_rows = 0
     try:
         if (digest := _sha256(store, record.data)) != record.data_sha256:
             problems.append(f"{record.data}: sha256 is {digest}, its record says {record.data_sha256}")
+        rejects = rejects_path(record.partition_id)
+        if record.rejects_sha256 is not None and (digest := _sha256(store, rejects)) != record.rejects_sha256:
+            problems.append(f"{rejects}: sha256 is {digest}, its record says {record.rejects_sha256}")
         num_rejects = len(read_rejects(store.root, record.partition_id))
         rows = read_rows(store.root, record.data)
         for item in rows if codec is None else decode_stream(rows, codec):

@@ -118,6 +118,11 @@ def test_ten_bad_files_among_good_ones(tmp_path: Path) -> None:
         expected_pixels = np.asarray(Image.alpha_composite(white, palette.convert("RGBA")).convert("RGB"))
     assert psnr_rgb(expected_pixels, decoded["06-palette-alpha.png"]) > 22
 
+    assert problems(dst) == []
+    kept = next((tmp_path / "out/_cotam/rejects").iterdir())
+    kept.write_bytes(kept.read_bytes().replace(b"PAR1", b"PAR2", 1))
+    assert any(p.startswith(f"_cotam/rejects/{kept.name}: sha256") for p in problems(dst))
+
 
 def test_parquet_with_an_image_column(tmp_path: Path) -> None:
     images = [to_bytes(photograph(k)) for k in range(6)]

@@ -83,7 +83,7 @@ def test_a_partition_is_recorded_as_it_is_reported(recorded: Recorded) -> None:
     counter.reject(Reject(key="k", source="s", stage="decode", error="empty file"))
     with counter.times.measure("networks"):
         pass
-    record = counter.completion("data/p-1.parquet", 1, "0")
+    record = counter.completion("data/p-1.parquet", 1, "0", None)
     assert (record.num_images, record.num_rejects, record.source_num_bytes) == (1001, 1, 30_000)
     sums = recorded.sums
     assert sums["cotam_images", "encode"] == 1001 == sum(r["images"] for r in reports)
