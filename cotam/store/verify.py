@@ -32,7 +32,7 @@ def verify_store(store: RunStore) -> list[str]:
 
 
 def verify_shard(store: RunStore, record: Completion, codec: Codec | None) -> ShardReport:
-    """Check the hashes of a shard and its rejects, counts and, with a codec, that bitstreams decode to their rows' sizes."""
+    """Check hashes of a shard and its rejects, counts and, with a codec, that bitstreams decode to their sizes."""
     problems: list[str] = []
     num_rows = 0
     try:
