@@ -263,11 +263,10 @@ def _parquet_item(
         key = key or image["path"]
     key = key or default_key
     image = image.get("bytes") if isinstance(image, dict) else image
-    if image is None:
-        problem = problem or f"no image in column {column}"
-    elif len(image) > MAX_SAMPLE_BYTES:
+    if image is not None and len(image) > MAX_SAMPLE_BYTES:
         image, problem = None, f"over {MAX_SAMPLE_BYTES} bytes"
-    if problem is not None:
+    if image is None or problem is not None:
+        problem = problem or f"no image in column {column}"
         return Reject(key=key, source=source, stage="read", error=problem, image=image)
     return Sample(key=key, source=source, image=image, members=values)
 
