@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from cotam.credentials import refuse_credentials
 from cotam.image import RGBImage
 
 DEFAULT_MLLM = "cotam-vlm-tiny"
+Item = TypeVar("Item")
 
 
 class Asked(NamedTuple):
@@ -30,12 +31,25 @@ class Mllm(Protocol):
     """An MLLM."""
 
     def answer(self, asked: Sequence[Asked]) -> list[list[str | MllmError]]:
-        """Answers to the questions of each image, in order.
+        """Answers to the questions of each image, in order; one that cannot be answered costs no other its answer.
 
         Raises:
             OSError: the MLLM cannot be reached at all; worth another try.
         """
         ...
+
+
+def answer_apart(
+    answer: Callable[[Sequence[Item]], Sequence[str]], items: Sequence[Item], faults: tuple[type[Exception], ...]
+) -> list[str | MllmError]:
+    """What ``answer`` says to ``items``, or where a fault ends that, to each half: one costs no other its answer."""
+    try:
+        return [text.strip() for text in answer(items)]
+    except faults as error:
+        if len(items) == 1:
+            return [MllmError(" ".join(str(error).split())[:300])]
+    half = len(items) // 2
+    return [text for part in (items[:half], items[half:]) for text in answer_apart(answer, part, faults)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,13 +11,15 @@ from typing import Any
 
 import openai
 from openai.types.chat import ChatCompletion
-from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
 from cotam.image import RGBImage, encode_image
 from cotam.mllm.backend import Asked, MllmConfig, MllmError
 
 _RETRIES = 4
-_TIMEOUT_S = 120.0
+_LONGEST_WAIT_S = 8.0  # between those
+_TIMEOUT_S = 120.0  # for the whole of an answer, and what it waits for in the server's queue
+_TOKEN_S = 0.25  # more for each token of an answer
 _QUOTA_S = 600.0  # quotas are by the minute, and shared with others
 _FIRST_WAIT_S = 5.0
 
@@ -26,8 +28,8 @@ class ServedMllm:
     """Asks an endpoint, ``config.batch_size`` requests at a time. The key is OPENAI_API_KEY, if there is one.
 
     A request that the endpoint refuses, or fails on while it answers others, costs its own answer. One whose quota is
-    used up is waited for. One that is away, fails on request after request, or refuses the key or the model raises
-    OSError.
+    used up is waited for. One that is away, fails on request after request and on a word without an image, or refuses
+    the key or the model raises OSError.
     """
 
     def __init__(self, config: MllmConfig) -> None:
@@ -38,15 +40,12 @@ class ServedMllm:
         self._client = openai.OpenAI(
             base_url=config.name,
             api_key=self._key or "none",
-            max_retries=_RETRIES,
-            timeout=_TIMEOUT_S,
+            max_retries=0,  # it would repeat timeouts, too, each a whole generation
+            timeout=_TIMEOUT_S + _TOKEN_S * config.max_new_tokens,
         )
         self._options: dict[str, Any] = {"max_tokens": config.max_new_tokens, "temperature": 0.0}
-        self._until_quota = Retrying(
-            retry=retry_if_exception(_is_quota),
-            stop=stop_after_delay(_QUOTA_S),
-            wait=wait_random_exponential(multiplier=_FIRST_WAIT_S, max=60),
-            reraise=True,
+        self._retrying = Retrying(
+            retry=retry_if_exception(_is_worth_a_retry), stop=_is_enough, wait=_wait_s, reraise=True
         )
         self._lock, self._failed_in_a_row = threading.Lock(), 0
 
@@ -70,7 +69,7 @@ class ServedMllm:
 
     def _ask(self, url: str, question: str) -> str | MllmError:
         try:
-            response = self._until_quota(self._response, url, question)
+            response = self._retrying(self._response, url, question)
         except (openai.BadRequestError, openai.UnprocessableEntityError, openai.ConflictError) as error:
             return MllmError(self._one_line(error))
         except openai.APIError as error:
@@ -79,8 +78,10 @@ class ServedMllm:
             if isinstance(error, openai.InternalServerError | openai.APITimeoutError):  # perhaps of this request alone
                 with self._lock:
                     self._failed_in_a_row += 1
-                    if self._failed_in_a_row < 2 * max(2, self.config.batch_size):
-                        return _Failure(self._one_line(error))
+                    if self._failed_in_a_row >= 2 * max(2, self.config.batch_size):
+                        self._check_that_it_answers()
+                        self._failed_in_a_row = 0
+                return _Failure(self._one_line(error))
             raise OSError(f"{self.config.name}: {self._one_line(error)}") from None
         except ValueError:  # JSON that a proxy cut off
             raise OSError(f"{self.config.name} sends answers that are not whole") from None
@@ -92,6 +93,21 @@ class ServedMllm:
         if not text and choice is not None and choice.finish_reason == "length":
             return MllmError("the answer had not begun where it was cut off: raise --max-new-tokens")
         return MllmError("the endpoint sent no answer") if text is None else text.strip()
+
+    def _check_that_it_answers(self) -> None:
+        """Raise OSError where it answers nothing: what it failed on may be questions about one image."""
+        hello = [{"role": "user", "content": "Hello"}]
+        try:
+            self._client.chat.completions.create(
+                model=self.config.served_model,
+                messages=hello,  # type: ignore[arg-type]  # plain dictionaries
+                **self._options,
+            )
+        except openai.APIStatusError as error:
+            if error.status_code >= 500:
+                raise OSError(f"{self.config.name}: {self._one_line(error)}") from None
+        except openai.APIError as error:
+            raise OSError(f"{self.config.name}: {self._one_line(error)}") from None
 
     def _response(self, url: str, question: str) -> object:
         """The endpoint's; what it says it does not know of our options is left out from then on."""
@@ -127,8 +143,29 @@ class _Failure(MllmError):
     """A request that the endpoint failed on, rather than refused."""
 
 
-def _is_quota(error: BaseException) -> bool:
+def _is_quota(error: BaseException | None) -> bool:
     return isinstance(error, openai.RateLimitError) and error.code != "insufficient_quota"  # that one is not refilled
+
+
+def _is_worth_a_retry(error: BaseException) -> bool:
+    is_away = isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError)
+    return is_away or isinstance(error, openai.InternalServerError) or _is_quota(error)
+
+
+def _is_enough(state: RetryCallState) -> bool:
+    if _is_quota(_error(state)):
+        return (state.seconds_since_start or 0.0) > _QUOTA_S
+    return state.attempt_number > _RETRIES
+
+
+def _wait_s(state: RetryCallState) -> float:
+    if _is_quota(_error(state)):
+        return wait_random_exponential(multiplier=_FIRST_WAIT_S, max=60)(state)
+    return wait_random_exponential(multiplier=0.5, max=_LONGEST_WAIT_S)(state)
+
+
+def _error(state: RetryCallState) -> BaseException | None:
+    return state.outcome.exception() if state.outcome is not None else None
 
 
 def _data_url(image: RGBImage) -> str:

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 from transformers.utils import logging
 
 from cotam.adapter import Adapter, check_fit, first_layer, load_adapter, tower_sha256
-from cotam.mllm.backend import Asked, Mllm, MllmConfig, MllmError
+from cotam.mllm.backend import Asked, Mllm, MllmConfig, MllmError, answer_apart
 from cotam.models.transforms import LATENT_STRIDE
 from cotam.weights import model_folder
 
@@ -64,34 +64,35 @@ class TransformersMllm:
     def __init__(self, config: MllmConfig, model: Any, processor: Any) -> None:
         self.config, self.model, self.processor = config, model, processor
         self.processor.tokenizer.padding_side = "left"
+        self._max_sequences = _MAX_SEQUENCES
 
     def answer(self, asked: Sequence[Asked]) -> list[list[str | MllmError]]:
         """Answers, all questions of some images in one batch."""
         pairs = [(k, question) for k, item in enumerate(asked) for question in item.questions]
         answers: list[list[str | MllmError]] = [[] for _ in asked]
-        for start in range(0, len(pairs), _MAX_SEQUENCES):
-            chunk = pairs[start : start + _MAX_SEQUENCES]
-            for (k, _), answer in zip(chunk, self._answers(asked, chunk), strict=True):
+        while pairs:
+            chunk, pairs = pairs[: self._max_sequences], pairs[self._max_sequences :]
+            # An image that the processor does not take must not fail the others.
+            found = answer_apart(lambda some: self._generate(asked, some), chunk, (ValueError, torch.OutOfMemoryError))
+            for (k, _), answer in zip(chunk, found, strict=True):
                 answers[k].append(answer)
         return answers
 
-    def _answers(self, asked: Sequence[Asked], pairs: list[tuple[int, str]]) -> list[str | MllmError]:
-        try:
-            return [text.strip() for text in self._generate(asked, pairs)]
-        except ValueError as error:  # an image that the processor does not take must not fail the others
-            if len(pairs) > 1:
-                return [answer for pair in pairs for answer in self._answers(asked, [pair])]
-            return [MllmError(" ".join(str(error).split())[:300])]
-
     @torch.inference_mode()
-    def _generate(self, asked: Sequence[Asked], pairs: list[tuple[int, str]]) -> list[str]:
-        inputs = self._inputs(asked, pairs)
-        generated = self.model.generate(**inputs, max_new_tokens=self.config.max_new_tokens, do_sample=False)
-        new = generated[:, inputs["input_ids"].shape[1] :] if "input_ids" in inputs else generated
+    def _generate(self, asked: Sequence[Asked], pairs: Sequence[tuple[int, str]]) -> list[str]:
+        try:
+            inputs = self._inputs(asked, pairs)
+            generated = self.model.generate(**inputs, max_new_tokens=self.config.max_new_tokens, do_sample=False)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            self._max_sequences = max(1, len(pairs) // 2)  # from now on
+            raise
+        repeats = "input_ids" in inputs and not self.model.config.is_encoder_decoder
+        new = generated[:, inputs["input_ids"].shape[1] :] if repeats else generated
         texts: list[str] = self.processor.batch_decode(new, skip_special_tokens=True)
         return texts
 
-    def _inputs(self, asked: Sequence[Asked], pairs: list[tuple[int, str]]) -> dict[str, Tensor]:
+    def _inputs(self, asked: Sequence[Asked], pairs: Sequence[tuple[int, str]]) -> dict[str, Tensor]:
         images = {k: Image.fromarray(asked[k].image) for k in {k for k, _ in pairs}}  # each a copy
         return self._processed([images[k] for k, _ in pairs], [question for _, question in pairs])
 
@@ -111,9 +112,10 @@ class TransformersMllm:
         return bool(first) and all(prompt.startswith(first) for prompt in prompts)
 
     def _prompt(self, question: str) -> str:
+        text = self.config.asked(question)
         if token := getattr(self.processor, "image_token", None):
-            question = question.replace(token, " ")  # an image more than there is would fail the whole batch
-        content = [{"type": "image"}, {"type": "text", "text": self.config.asked(question)}]
+            text = text.replace(token, " ")  # an image more than there is would fail the whole batch
+        content = [{"type": "image"}, {"type": "text", "text": text}]
         prompt: str = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
@@ -137,7 +139,7 @@ class LlavaMllm(TransformersMllm):
             self.adapter = load_adapter(config.adapter).model.to(model.device)
             check_fit(self.adapter, codec_sha256, tower_sha256)
 
-    def _inputs(self, asked: Sequence[Asked], pairs: list[tuple[int, str]]) -> dict[str, Tensor]:
+    def _inputs(self, asked: Sequence[Asked], pairs: Sequence[tuple[int, str]]) -> dict[str, Tensor]:
         used = sorted({k for k, _ in pairs})
         features = self._features([asked[k] for k in used])
         num_tokens = features.shape[1]

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from cotam.mllm.backend import Asked, MllmConfig, MllmError
+from cotam.mllm.backend import Asked, MllmConfig, MllmError, answer_apart
 
 
 class VllmMllm:
@@ -27,10 +27,16 @@ class VllmMllm:
         self._sampling = vllm.SamplingParams(temperature=0.0, max_tokens=config.max_new_tokens)
 
     def answer(self, asked: Sequence[Asked]) -> list[list[str | MllmError]]:
-        """Answers; vLLM batches as it likes."""
+        """Answers; vLLM batches as it likes. Raises RuntimeError where it mixes up its requests."""
         conversations = [self._conversation(item, question) for item in asked for question in item.questions]
-        outputs = iter(self._model.chat(conversations, self._sampling, use_tqdm=False))
-        return [[next(outputs).outputs[0].text.strip() for _ in item.questions] for item in asked]
+        answers = iter(answer_apart(self._chat, conversations, (ValueError,)) if conversations else [])
+        return [[next(answers) for _ in item.questions] for item in asked]
+
+    def _chat(self, conversations: Sequence[list[dict[str, Any]]]) -> list[str]:
+        outputs = self._model.chat(list(conversations), self._sampling, use_tqdm=False)
+        if len(outputs) != len(conversations):  # old ones answer what was queued before a refused request, too
+            raise RuntimeError(f"vLLM gave {len(outputs)} answers to {len(conversations)} questions: upgrade it")
+        return [output.outputs[0].text for output in outputs]
 
     def _conversation(self, item: Asked, question: str) -> list[dict[str, Any]]:
         content = [

@@ -6,7 +6,7 @@ import base64
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,7 @@ class Served:
     url: str
     faults: list[int] = dataclasses.field(default_factory=list)
     refused: str = ""
-    broken: str = ""
+    broken: Sequence[tuple[int, str]] = ()
     unknown: tuple[str, ...] = ()
     cut: bool = False
     odd: Any = None
@@ -35,12 +35,18 @@ class Served:
     keys: set[str] = dataclasses.field(default_factory=set)
 
 
+def answer_of(body: dict[str, Any], answer: Any) -> dict[str, Any]:
+    """The response with an answer."""
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": answer}}
+    return {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
+
+
 @contextmanager
 def serving(name: str) -> Iterator[Served]:
     """Serve the MLLM ``name``. ``faults``: status codes of the next requests; ``refused``: a question that gets 400.
 
-    ``broken``: one that always gets 500. ``unknown``: options that get 400. ``cut``: answers break off.
-    ``odd``: what every request gets while it is set: text as a page, anything else as a refusal of the key.
+    ``broken``: widths of images and questions that always get 500. ``unknown``: options that get 400. ``cut``: answers
+    break off. ``odd``: what every request gets while it is set: text as a page, anything else as a refusal of the key.
     """
     mllm: Mllm = load_mllm(MllmConfig(name=name))
     served = Served("")
@@ -62,22 +68,22 @@ def serving(name: str) -> Iterator[Served]:
                 return JSONResponse(served.odd, 401)
             if fault:
                 return JSONResponse({"error": {"message": "busy"}}, fault)
+            if isinstance(body["messages"][0]["content"], str):
+                return answer_of(body, "Hello.")
             image, text = (part[part["type"]] for part in body["messages"][0]["content"])
             for option in set(served.unknown) & body.keys():
                 instead = " Use 'max_completion_tokens' instead." if option == "max_tokens" else ""
                 return JSONResponse({"error": {"message": f"Unsupported parameter: '{option}'.{instead}"}}, 400)
-            if text == served.broken:
-                return JSONResponse({"error": {"message": "out of memory"}}, 500)
             if served.cut:
                 return Response('{"id": "1", "choices": [{"mess', media_type="application/json")
             if text == served.refused:
                 return JSONResponse({"error": {"message": "not this one"}}, 400)
             pixels = decode_image(base64.b64decode(image["url"].partition(",")[2])).pixels
+            if (pixels.shape[1], text) in served.broken:
+                return JSONResponse({"error": {"message": "out of memory"}}, 500)
             with asking:
                 ((answer,),) = mllm.answer([Asked(pixels, [text])])
-            message = {"role": "assistant", "content": answer}
-            choice = {"index": 0, "finish_reason": "stop", "message": message}
-            return {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
+            return answer_of(body, answer)
         finally:
             with lock:
                 served.under_way -= 1
