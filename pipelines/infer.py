@@ -26,7 +26,7 @@ from cotam.store.shard import RejectWriter, read_rows
 from cotam.stream import batches, decode_stream, ordered_map, prefetch
 from cotam.tasks.questions import Question, QuestionSource
 from cotam.tasks.results import PREDICTION_SCHEMA
-from cotam.tasks.scores import SCORES, check_metric
+from cotam.tasks.scores import METRICS, check_metric
 from pipelines.counter import Counter, Report
 from pipelines.pinned import load_codec
 from pipelines.publish import publish_shard
@@ -198,7 +198,7 @@ def ask(mllm: Mllm, asked: Sequence[tuple[View, Sequence[Question]]], metric: st
     asked = [(view, questions) for view, questions in asked if questions]
     if not asked:
         return []
-    score = SCORES.get(metric)  # others score when all is answered
+    score = METRICS[metric].score  # others score when all is answered
     answers = mllm.answer([Asked(v.pixels, [q.question for q in questions], v.y_hat) for v, questions in asked])
     rows = []
     for (view, questions), row in zip(asked, answers, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import itertools
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,10 +16,11 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from cotam.report.page import plot, table
 from cotam.store.records import RunStore
-from cotam.tasks.curves import Curve, Measured, measured_curves, saving
+from cotam.tasks.curves import Curve, Measured, Measurements, saving
 from cotam.tasks.results import read_predictions, score_of, score_row
-from cotam.tasks.scores import max_score
+from cotam.tasks.scores import METRICS, Metric
 
+_MAX_PARTS = 12  # that a page shows
 _LEVELS = {"low": "low (read)", "high": "high (scene)", "cross": "cross (relations)"}
 
 
@@ -30,21 +32,28 @@ def results_of(store: RunStore, paths: Sequence[str], metric: str) -> dict[str, 
         loss; curves by name, lists of points in order of bpp; savings of every curve against every other that it
         should be compared with; the same curves by level, and by type.
     """
-    every = partial(read_predictions, store.root, paths)
-    score, top = score_of(metric, every), max_score(metric)
-    rows = [_slim(row, score_row(row, score)) for row in every()]
-    curves = measured_curves(rows, _curve_of)
-    original = curves.pop("original", [])
+    every, chosen = partial(read_predictions, store.root, paths), METRICS[metric]
+    score = score_of(chosen, every)
+    overall, num_errors = Measurements(), 0
+    by_level: dict[str, Measurements] = defaultdict(Measurements)
+    by_type: dict[str, Measurements] = defaultdict(Measurements)
+    for row in every():
+        curve, scored = _curve_of(row), score_row(row, score)
+        overall.add(curve, row, scored)
+        for parts, name in ((by_level, row["level"]), (by_type, row["type"])):
+            if name:
+                parts[name].add(curve, row, scored)
+        num_errors += row["error"] is not None
+    curves = overall.curves()
+    original = curves.get("original")
     return {
         "metric": metric,
         "num_images": len(original[0].bits) if original else 0,
         "num_questions": int(original[0].questions.sum()) if original else 0,
-        "num_errors": sum(row["error"] is not None for row in rows),
-        "original": _point(original[0], top) if original else None,
-        "curves": {name: [_point(m, top) for m in curve] for name, curve in curves.items()},
-        "savings": _savings(curves),
-        "by_level": {level: _part(rows, top, level=level) for level in sorted({r["level"] for r in rows} - {""})},
-        "by_type": {kind: _part(rows, top, kind=kind) for kind in sorted({r["type"] for r in rows} - {""})},
+        "num_errors": num_errors,
+        **_part(curves, chosen),
+        "by_level": {name: _part(part.curves(), chosen) for name, part in sorted(by_level.items())},
+        "by_type": {name: _part(part.curves(), chosen) for name, part in sorted(by_type.items())},
     }
 
 
@@ -57,11 +66,6 @@ def sweep_parts(results: Mapping[str, Any]) -> list[str]:
     _plot(right, results["curves"], None, "psnr_rgb")
     right.set_ylabel("PSNR RGB (dB)")
     left.legend(fontsize=8)
-    levels = Figure(figsize=(11, 4), layout="constrained")
-    by_level = results["by_level"]
-    for axes, level in zip(np.atleast_1d(levels.subplots(1, max(1, len(by_level)))), by_level, strict=False):
-        _plot(axes, by_level[level]["curves"], by_level[level]["original"], "score")
-        axes.set_title(_LEVELS.get(level, level).replace("$", r"\$"), fontsize=10)  # else a formula
     original = results["original"]
     return [
         "<h2>Accuracy against bits</h2>",
@@ -72,13 +76,30 @@ def sweep_parts(results: Mapping[str, Any]) -> list[str]:
         else "<p>No question of the task is about these images.</p>",
         _errors_note(results),
         plot(figure, "Score and PSNR against bits per pixel"),
-        "<h3>By level</h3>",
-        plot(levels, "Score against bits per pixel by level"),
+        *_by_part("By level", {_LEVELS.get(name, name): part for name, part in results["by_level"].items()}),
+        *_by_part("By type", results["by_type"]),
         "<h3>Bits saved at equal accuracy</h3>",
         _savings_table(results["savings"]),
         "<h3>All points</h3>",
         _points_table(results["curves"]),
     ]
+
+
+def _by_part(title: str, parts: Mapping[str, Any]) -> list[str]:
+    """Plots of each part's score, three in a row."""
+    shown = list(parts.items())[:_MAX_PARTS]
+    if not shown:
+        return []
+    num_rows = -(-len(shown) // 3)
+    figure = Figure(figsize=(11, 3.6 * num_rows), layout="constrained")
+    grid = figure.subplots(num_rows, 3, squeeze=False).flat
+    for axes, (name, part) in zip(grid, shown, strict=False):
+        _plot(axes, part["curves"], part["original"], "score")
+        axes.set_title(name.replace("$", r"\$"), fontsize=10)  # else a formula
+    for axes in list(grid)[len(shown) :]:
+        axes.set_axis_off()
+    left_out = f"<p>And {len(parts) - len(shown)} more, in results.json.</p>" if len(parts) > len(shown) else ""
+    return [f"<h3>{title}</h3>", plot(figure, f"Score against bits per pixel: {title.lower()}"), left_out]
 
 
 def _errors_note(results: Mapping[str, Any]) -> str:
@@ -91,11 +112,6 @@ def _errors_note(results: Mapping[str, Any]) -> str:
     return f"<p><b>{results['num_errors']} answers are missing and count as wrong</b>, most of them: {most}.</p>"
 
 
-def _slim(row: dict[str, Any], score: float) -> dict[str, Any]:
-    slim = {name: value for name, value in row.items() if name not in ("question", "answers", "prediction")}
-    return {**slim, "score": score}
-
-
 def _curve_of(row: Mapping[str, Any]) -> str:
     if row["codec"] != "cotam":
         return str(row["codec"])
@@ -103,18 +119,18 @@ def _curve_of(row: Mapping[str, Any]) -> str:
     return f"cotam, {guidance}, {row['input']}"
 
 
-def _part(rows: list[dict[str, Any]], top: float, level: str | None = None, kind: str | None = None) -> dict[str, Any]:
-    curves = measured_curves(rows, _curve_of, level, kind)
-    original = curves.pop("original", [])
+def _part(curves: Mapping[str, Curve], metric: Metric) -> dict[str, Any]:
+    original = curves.get("original")
+    others = {name: curve for name, curve in curves.items() if name != "original"}
     return {
-        "original": _point(original[0], top) if original else None,
-        "curves": {name: [_point(m, top) for m in curve] for name, curve in curves.items()},
-        "savings": _savings(curves),
+        "original": _point(original[0], metric) if original else None,
+        "curves": {name: [_point(m, metric) for m in curve] for name, curve in others.items()},
+        "savings": _savings(others),
     }
 
 
-def _point(measured: Measured, top: float) -> dict[str, float]:
-    low, high = measured.sums(top).interval()
+def _point(measured: Measured, metric: Metric) -> dict[str, float | None]:
+    low, high = measured.sums(metric).interval()
     finite = measured.psnr_rgb[np.isfinite(measured.psnr_rgb)]
     return {
         "quality": measured.quality,
@@ -123,7 +139,7 @@ def _point(measured: Measured, top: float) -> dict[str, float]:
         "low": low,
         "high": high,
         "num_errors": int(measured.failed.sum()),
-        "psnr_rgb": float(finite.mean()) if len(finite) else 0.0,
+        "psnr_rgb": float(finite.mean()) if len(finite) else None,
     }
 
 
@@ -178,7 +194,7 @@ def _points_table(curves: Mapping[str, Any]) -> str:
             f"{p['bpp']:.3f}",
             f"{p['score']:.1%}",
             f"{p['low']:.1%} to {p['high']:.1%}",
-            f"{p['psnr_rgb']:.2f}",
+            "lossless" if p["psnr_rgb"] is None else f"{p['psnr_rgb']:.2f}",
         ]
         for name, points in curves.items()
         for p in points

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,8 @@ from scipy.optimize import isotonic_regression
 
 from cotam.metrics import bd_rate
 from cotam.tasks.intervals import ImageSums
+from cotam.tasks.results import image_of
+from cotam.tasks.scores import METRICS, Metric
 
 _Floats = NDArray[np.float64]
 _NUM_RESAMPLES = 400
@@ -31,9 +34,9 @@ class Measured(NamedTuple):
     failed: _Floats
     psnr_rgb: _Floats
 
-    def sums(self, max_score: float = 1.0) -> ImageSums:
-        """For intervals of the score, of at most ``max_score`` a question."""
-        sums = ImageSums(max_score)
+    def sums(self, metric: Metric = METRICS["exact_match"]) -> ImageSums:
+        """For intervals of the score, which is of that metric."""
+        sums = ImageSums(metric.max_score, metric.is_graded)
         for score, questions in zip(self.scores.tolist(), self.questions.tolist(), strict=True):
             sums.add(score, questions)
         return sums
@@ -64,33 +67,30 @@ class Saving(NamedTuple):
     highest_score: float
 
 
-def measured_curves(
-    rows: Iterable[Mapping[str, Any]], curve_of: Any, level: str | None = None, kind: str | None = None
-) -> dict[str, Curve]:
-    """Curves by name from the rows of a sweep.
+class Measurements:
+    """Gathers the rows of a sweep, one after another, into curves: 6 numbers for an image at a point."""
 
-    Args:
-        rows: of ``SWEEP_SCHEMA``: codec, quality, strength, input, psnr_rgb, and the columns of predictions.
-        curve_of: names the curve of a row.
-        level, kind: count questions of this level, or of this type, only.
-    """
-    images: dict[tuple[str, str], int] = {}
-    points: dict[tuple[str, float], dict[int, list[float]]] = {}
-    for row in rows:
-        if (level and row["level"] != level) or (kind and row["type"] != kind):
-            continue
-        image = images.setdefault((row["source"], row["key"]), len(images))
-        point = points.setdefault((curve_of(row), row["quality"]), {})
-        size = [8.0 * row["num_bytes"], float(row["width"] * row["height"])]
-        entry = point.setdefault(image, [*size, 0.0, 0.0, 0.0, row["psnr_rgb"]])
-        entry[2] += row["score"]
+    def __init__(self) -> None:
+        self._points: dict[tuple[str, float], dict[tuple[int, str], array[float]]] = {}
+
+    def add(self, curve: str, row: Mapping[str, Any], score: float) -> None:
+        """Add an answer that has a score; ``row`` of ``SWEEP_SCHEMA``, as ``read_predictions`` has it."""
+        point = self._points.setdefault((curve, row["quality"]), {})
+        entry = point.get(image_of(row))
+        if entry is None:
+            size = 8.0 * row["num_bytes"], float(row["width"] * row["height"])
+            entry = point[image_of(row)] = array("d", [*size, 0.0, 0.0, 0.0, row["psnr_rgb"]])
+        entry[2] += score
         entry[3] += 1
         entry[4] += row["error"] is not None
-    curves: dict[str, Curve] = {}
-    for (name, quality), entries in points.items():
-        columns = np.array([entries[image] for image in sorted(entries)]).T
-        curves.setdefault(name, []).append(Measured(quality, *columns))
-    return {name: sorted(curve, key=lambda m: m.bpp()) for name, curve in sorted(curves.items())}
+
+    def curves(self) -> dict[str, Curve]:
+        """Curves by name, their images in the same order."""
+        curves: dict[str, Curve] = {}
+        for (name, quality), entries in self._points.items():
+            columns = np.array([entries[image] for image in sorted(entries)]).T
+            curves.setdefault(name, []).append(Measured(quality, *columns))
+        return {name: sorted(curve, key=lambda m: m.bpp()) for name, curve in sorted(curves.items())}
 
 
 def saving(reference: Curve, test: Curve, seed: int = 0) -> Saving | None:

@@ -13,10 +13,11 @@ class ImageSums:
     """Sums over images, of which each has a score, summed over its questions, and a number of questions.
 
     Attributes:
-        max_score: of a question.
+        max_score: of a question. is_graded: whether it can be partly right.
     """
 
     max_score: float = 1.0
+    is_graded: bool = False
     images: int = 0
     score: float = 0.0
     questions: float = 0.0
@@ -48,7 +49,9 @@ class ImageSums:
         mean, variance = self.score / self.questions / top, (self.standard_error() / top) ** 2
         num = float(self.images)  # where all images agree, each is one question
         if variance > 1e-12 and 0 < mean < 1:
-            num = min(max(1.0, mean * (1 - mean) / variance), self.questions)
+            num = max(1.0, mean * (1 - mean) / variance)
+            if not self.is_graded:  # what is right or wrong does not vary less than that
+                num = min(num, self.questions)
         quantile = float(t.ppf(0.975, max(1, self.images - 1)))
         centre = mean + quantile**2 / (2 * num)
         width = quantile * math.sqrt(mean * (1 - mean) / num + quantile**2 / (4 * num**2))

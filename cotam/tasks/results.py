@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from cotam.store.fs import Root
 from cotam.tasks.blind import AskedQuestion, BlindSample
 from cotam.tasks.intervals import ImageSums
-from cotam.tasks.scores import CORPUS_SCORES, SCORES, Score, is_yes, max_score, yes_no
+from cotam.tasks.scores import METRICS, Metric, Score, is_yes, yes_no
 
 PREDICTION_SCHEMA = pa.schema(
     [
@@ -41,8 +41,8 @@ Rows = Callable[[], Iterable[Row]]  # from the first one each time; memory does 
 class _Mean:
     """A mean over questions."""
 
-    def __init__(self, max_score: float) -> None:
-        self.sums = ImageSums(max_score)
+    def __init__(self, metric: Metric) -> None:
+        self.sums = ImageSums(metric.max_score, metric.is_graded)
 
     def result(self, blind: float | None) -> dict[str, Any]:
         """JSON-serialisable."""
@@ -55,11 +55,12 @@ class _Mean:
         }
 
 
-def score_of(metric: str, rows: Rows) -> Score:
-    """The score called ``metric``, one of ``METRICS``; one that needs the references of all ``rows`` reads them."""
-    if metric in CORPUS_SCORES:
-        return CORPUS_SCORES[metric](row["answers"] for row in rows())
-    return SCORES[metric]
+def score_of(metric: Metric, rows: Rows) -> Score:
+    """A metric's score; one that needs the references of all ``rows`` reads them."""
+    if metric.score is not None:
+        return metric.score
+    assert metric.of_corpus is not None
+    return metric.of_corpus(row["answers"] for row in rows())
 
 
 def score_row(row: Row, score: Score) -> float:
@@ -67,6 +68,11 @@ def score_row(row: Row, score: Score) -> float:
     if row["score"] is not None:
         return float(row["score"])
     return 0.0 if row["error"] is not None else score(row["prediction"], row["answers"])
+
+
+def image_of(row: Row) -> tuple[int, str]:
+    """What tells images apart: their keys are unique in a file of predictions, which is of one partition."""
+    return row.get("file", 0), row["key"]
 
 
 def summarise(rows: Rows, metric: str) -> dict[str, Any]:
@@ -81,14 +87,15 @@ def summarise(rows: Rows, metric: str) -> dict[str, Any]:
         by_type, by_level (each with score, ci95, num_questions, and blind: the score of the answers that the question
         alone suggests, ``BlindSample``), and yes_no where all answers are yes or no.
     """
-    score, top = score_of(metric, rows), max_score(metric)
-    overall = _Mean(top)
+    chosen = METRICS[metric]
+    score = score_of(chosen, rows)
+    overall = _Mean(chosen)
     by_type: dict[str, _Mean] = {}
     by_level: dict[str, _Mean] = {}
     binary: Counter[tuple[bool, bool]] = Counter()
     blind = BlindSample()
     num_images = num_errors = num_bytes = num_pixels = 0
-    for _, group in groupby(rows(), key=lambda row: (row["source"], row["key"])):
+    for _, group in groupby(rows(), key=image_of):
         asked = list(group)
         scores = [score_row(row, score) for row in asked]
         num_images += 1
@@ -99,7 +106,7 @@ def summarise(rows: Rows, metric: str) -> dict[str, Any]:
         for means, name in ((by_type, "type"), (by_level, "level")):
             for value in {row[name] for row in asked if row[name]}:
                 own = [s for s, row in zip(scores, asked, strict=True) if row[name] == value]
-                means.setdefault(value, _Mean(top)).sums.add(sum(own), len(own))
+                means.setdefault(value, _Mean(chosen)).sums.add(sum(own), len(own))
         blind.add(num_images, [AskedQuestion(r["question"], r["type"], r["level"], tuple(r["answers"])) for r in asked])
         for row in asked:
             right = {answer.strip().lower() for answer in row["answers"]}
@@ -123,8 +130,9 @@ def summarise(rows: Rows, metric: str) -> dict[str, Any]:
 
 
 def read_predictions(root: Root, paths: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """The rows of prediction files, one after another."""
-    for path in paths:
+    """The rows of prediction files, one after another; ``file`` in each is the number of its file."""
+    for number, path in enumerate(paths):
         with root.fs.open(root.join(path), "rb") as file, pq.ParquetFile(file) as parquet:
             for batch in parquet.iter_batches():
-                yield from batch.to_pylist()
+                for row in batch.to_pylist():
+                    yield {**row, "file": number}

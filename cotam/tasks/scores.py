@@ -97,22 +97,34 @@ def yes_no(cases: Mapping[tuple[bool, bool], int]) -> YesNo:
     )
 
 
-# Of an answer by itself, and of one among all references of a run: those are known when it ends.
-SCORES: dict[str, Score] = {"exact_match": exact_match, "vqa_accuracy": vqa_accuracy, "anls": anls}
-CORPUS_SCORES: dict[str, Callable[[Iterable[Sequence[str]]], Score]] = {"cider": cider_d}
-METRICS = (*SCORES, *CORPUS_SCORES)
-_MAX_SCORES = {"cider": CIDER_MAX}
+class Metric(NamedTuple):
+    """A score of answers.
+
+    Attributes:
+        score: of an answer by itself; None where it needs all references.
+        of_corpus: makes the score from the references of all questions, which are known when a run ends.
+        max_score: of an answer.
+        is_graded: whether an answer can be partly right.
+    """
+
+    score: Score | None = None
+    of_corpus: Callable[[Iterable[Sequence[str]]], Score] | None = None
+    max_score: float = 1.0
+    is_graded: bool = False
 
 
-def check_metric(metric: str) -> None:
+METRICS = {
+    "exact_match": Metric(exact_match),
+    "vqa_accuracy": Metric(vqa_accuracy, is_graded=True),
+    "anls": Metric(anls, is_graded=True),
+    "cider": Metric(of_corpus=cider_d, max_score=CIDER_MAX, is_graded=True),
+}
+
+
+def check_metric(name: str) -> None:
     """Raise ValueError for a name that is none of ``METRICS``."""
-    if metric not in METRICS:
-        raise ValueError(f"metric {metric!r} is none of {', '.join(METRICS)}")
-
-
-def max_score(metric: str) -> float:
-    """What an answer can score at most."""
-    return _MAX_SCORES.get(metric, 1.0)
+    if name not in METRICS:
+        raise ValueError(f"metric {name!r} is none of {', '.join(METRICS)}")
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cotam.tasks.blind import AskedQuestion, BlindSample
-from cotam.tasks.curves import Measured, measured_curves, saving
+from cotam.tasks.curves import Measured, Measurements, saving
 from cotam.tasks.results import summarise
 from cotam.tasks.scores import exact_match
 
@@ -134,14 +134,28 @@ def test_noise_in_a_curve_does_not_break_it_and_curves_that_never_meet_have_no_s
 
 
 def test_curves_are_built_from_rows_by_name_and_quality() -> None:
-    rows = [
-        row(key, score, codec=codec, quality=quality, psnr_rgb=30.0)
-        for codec, quality, score in (("jpeg", 5.0, 0.0), ("jpeg", 9.0, 1.0), ("cotam", 1.0, 1.0))
-        for key in ("a", "a", "b")
-    ]
-    curves = measured_curves(rows, lambda r: r["codec"])
+    gathered = Measurements()
+    for codec, quality, score in (("jpeg", 5.0, 0.0), ("jpeg", 9.0, 1.0), ("cotam", 1.0, 1.0)):
+        for key, file in (("a", 0), ("a", 0), ("b", 0), ("a", 1)):
+            gathered.add(codec, row(key, score, quality=quality, psnr_rgb=30.0, file=file), score)
+    curves = gathered.curves()
     assert [m.quality for m in curves["jpeg"]] == [5.0, 9.0] and set(curves) == {"cotam", "jpeg"}
     first = curves["jpeg"][0]
-    assert first.questions.tolist() == [2, 1] and first.score() == 0 and first.bpp() == pytest.approx(0.8)
-    assert first.bpp(np.array([1.0, 0.0])) == pytest.approx(0.8)
-    assert measured_curves(rows, lambda r: r["codec"], level="high") == {}
+    # Two images of one key in different partitions are two.
+    assert first.questions.tolist() == [2, 1, 1] and first.score() == 0 and first.bpp() == pytest.approx(0.8)
+    assert first.bpp(np.array([1.0, 0.0, 0.0])) == pytest.approx(0.8)
+    assert Measurements().curves() == {}
+
+
+@pytest.mark.parametrize(("metric", "draw"), [("anls", "beta"), ("cider", "gamma")])
+def test_intervals_of_graded_scores_are_as_wide_as_their_error(metric: str, draw: str) -> None:
+    rng = np.random.default_rng(0)
+    covered, width = 0, []
+    for _ in range(200):
+        scores = rng.beta(5, 2, 150) if draw == "beta" else rng.gamma(2, 0.5, 150).clip(0, 10)
+        mean = 5 / 7 if draw == "beta" else 1.0
+        rows = [row(str(k), float(score)) for k, score in enumerate(scores)]
+        low, high = summarise(rows.copy, metric)["overall"]["ci95"]
+        covered += low <= mean <= high
+        width.append((high - low) / (2 * 1.96 * scores.std() / 150**0.5))
+    assert 180 <= covered <= 199 and 0.95 < np.mean(width) < 1.1
