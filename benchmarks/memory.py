@@ -19,8 +19,8 @@ from io import BytesIO
 from pathlib import Path
 
 import psutil
+from images import load_images
 
-from benchmarks.images import load_images
 from cotam.image import encode_image
 from cotam.memory import return_freed_memory
 from cotam.store.records import RunStore

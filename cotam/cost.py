@@ -28,7 +28,8 @@ class Corpus:
 
     Attributes:
         num_images, num_pixels: in it.
-        source_num_bytes, stored_num_bytes: of its source files, and of shards with everything that is in them.
+        source_num_bytes, stored_num_bytes: of its source files (tars, Parquet, loose files), and of shards, with all
+            that is in them: images, other members, metadata.
         encode_s, decode_s: seconds of a worker to encode all of it, and of a CPU to decode all of it.
     """
 
@@ -123,12 +124,15 @@ def measured_corpus(root: Root, records: Iterable[Completion], codec: Codec) -> 
         ValueError: no row, or output that is no shard.
         OSError: it cannot be read.
     """
-    sums = dict.fromkeys(("num_rows", "num_pixels", "source_num_bytes", "data_num_bytes", "seconds"), 0.0)
+    sums = dict.fromkeys(("num_rows", "num_pixels", "data_num_bytes", "seconds"), 0.0)
+    source_num_bytes = 0
     sample: list[bytes] = []
     sampled_pixels = 0
     for record in records:
         for name in sums:
             sums[name] += getattr(record, name) or 0
+        # As they were listed, with members, as shards have; images may be more than a compressed tar.
+        source_num_bytes += max(record.source_num_bytes, record.partition_num_bytes or 0)
         if len(sample) < _DECODED_IMAGES and sampled_pixels < _DECODED_PIXELS and record.num_rows:
             for row in read_rows(root, record.data):
                 sample.append(row.bitstream)
@@ -140,7 +144,7 @@ def measured_corpus(root: Root, records: Iterable[Completion], codec: Codec) -> 
     return Corpus(
         num_images=sums["num_rows"],
         num_pixels=sums["num_pixels"],
-        source_num_bytes=sums["source_num_bytes"],
+        source_num_bytes=source_num_bytes,
         stored_num_bytes=sums["data_num_bytes"],
         encode_s=sums["seconds"],
         decode_s=sums["num_pixels"] * _decode_s(codec, sample) / sampled_pixels,

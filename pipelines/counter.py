@@ -80,6 +80,7 @@ class Counter:
             data_num_bytes=num_bytes,
             data_sha256=sha256,
             rejects_sha256=rejects_sha256,
+            partition_num_bytes=self._partition.num_bytes,
             seconds=time.monotonic() - self._started,
             stage_seconds=self._reported_seconds,
         )

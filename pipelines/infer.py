@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cotam.image import MAX_PIXELS, ImageError, RGBImage, decode_image
 from cotam.mllm.backend import Asked, Mllm, MllmConfig, MllmError, load_mllm
+from cotam.mllm.identity import refuse_other_mllm
 from cotam.stage_times import StageTimes
 from cotam.store.fs import Root
 from cotam.store.partitions import Partition
@@ -101,7 +102,8 @@ class InferTask:
         self._codec = None
         if config.model:
             self._codec = load_codec(config.model, config.model_sha256, device, config.max_pixels)
-        self._questions = QuestionSource(config.task)
+        self._questions = QuestionSource(config.task, config.task_sha256)
+        refuse_other_mllm(config.mllm, config.mllm_sha256)
         self._mllm = load_mllm(config.mllm, device, config.model_sha256)
 
     def process(self, partition: Partition, store: RunStore, report: Report) -> Completion:

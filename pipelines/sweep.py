@@ -23,6 +23,7 @@ from cotam.importance.source import ImportanceMap
 from cotam.importance.tower import AttentionTower
 from cotam.metrics import psnr_rgb
 from cotam.mllm.backend import MllmConfig, load_mllm
+from cotam.mllm.identity import refuse_other_mllm
 from cotam.stage_times import StageTimes
 from cotam.store.partitions import Partition
 from cotam.store.readers import read_partition
@@ -132,7 +133,8 @@ class SweepTask:
         torch.set_num_threads(num_threads)
         self._config, self._num_threads = config, num_threads
         self._codec = load_codec(config.model, config.model_sha256, device, config.max_pixels)
-        self._questions = QuestionSource(config.task)
+        self._questions = QuestionSource(config.task, config.task_sha256)
+        refuse_other_mllm(config.mllm, config.mllm_sha256)
         inputs = {point.input for point in config.points}
         plain = dataclasses.replace(config.mllm, adapter="")
         chosen = {"pixels": plain, "tokens": config.mllm}

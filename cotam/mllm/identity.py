@@ -8,7 +8,8 @@ from pathlib import Path
 from cotam.mllm.backend import MllmConfig
 from cotam.weights import model_folder, read_weights
 
-_HASHED_BYTES = 2**28  # of larger files only name and size count
+_PIECE_BYTES = 2**20
+_NUM_PIECES = 64  # of a file, evenly spaced, from its beginning (a safetensors header) to its end
 
 
 def check_mllm(config: MllmConfig) -> dict[str, str]:
@@ -17,16 +18,35 @@ def check_mllm(config: MllmConfig) -> dict[str, str]:
     Raises:
         FileNotFoundError, ValueError: as ``model_folder`` and ``read_weights``.
     """
-    is_local = not config.name.startswith(("http://", "https://", "hf:", "vllm:"))
     adapter = hashlib.sha256(read_weights(config.adapter)).hexdigest() if config.adapter else ""
-    return {"mllm_sha256": _folder_sha256(model_folder(config.name)) if is_local else "", "adapter_sha256": adapter}
+    return {"mllm_sha256": _mllm_sha256(config), "adapter_sha256": adapter}
+
+
+def refuse_other_mllm(config: MllmConfig, mllm_sha256: str) -> None:
+    """Raise ValueError where the MLLM's local files are not those of that sha256 (hex; empty: any)."""
+    if mllm_sha256 and _mllm_sha256(config) != mllm_sha256:
+        raise ValueError(f"{config.name} differs from the MLLM that this run started with")
+
+
+def _mllm_sha256(config: MllmConfig) -> str:
+    if config.is_served:
+        return ""
+    prefix = next((p for p in ("hf:", "vllm:") if config.name.startswith(p)), "")
+    folder = Path(config.name.removeprefix(prefix))
+    if prefix:
+        return _folder_sha256(folder) if folder.is_dir() else ""  # else a name on the hub
+    return _folder_sha256(model_folder(config.name))
 
 
 def _folder_sha256(folder: Path) -> str:
+    """Of names, sizes and contents; of large files pieces of a mebibyte."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".jinja")):
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
-        if size <= _HASHED_BYTES:
-            digest.update(path.read_bytes())
+        last = max(0, size - _PIECE_BYTES)
+        with path.open("rb") as file:
+            for start in sorted({round(k * last / (_NUM_PIECES - 1)) for k in range(_NUM_PIECES)}):
+                file.seek(start)
+                digest.update(file.read(_PIECE_BYTES))
     return digest.hexdigest()

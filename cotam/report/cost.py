@@ -33,6 +33,10 @@ def cost_rows(costs: Costs) -> list[tuple[str, str, str]]:
     return [*rows, ("a month", monthly[0], monthly[1]), ("encoding, once", "", money(costs.once))]
 
 
+def _months(months: float) -> str:
+    return f"{months:,.0f}" if months >= 10 else f"{months:.2g}"
+
+
 def cost_summary(costs: Costs, months: float) -> str:
     """One sentence or two."""
     before, after = costs.total(months)
@@ -40,7 +44,7 @@ def cost_summary(costs: Costs, months: float) -> str:
         return "Bitstreams cost more than the source files every month: encoding does not pay for itself."
     change = f"{1 - after / before:.0%} less" if after <= before else f"{after / before:.1f} times as much"
     return (
-        f"Encoding has paid for itself after {costs.break_even_months:.2g} months. Over {months:g} months:"
+        f"Encoding has paid for itself after {_months(costs.break_even_months)} months. Over {months:g} months:"
         f" {money(before)} as source files, {money(after)} as bitstreams, {change}."
     )
 

@@ -44,6 +44,7 @@ class Completion:
         num_images: images in; equals num_rows + num_rejects.
         num_rows, num_rejects: images out.
         num_pixels: of the rows' originals.
+        partition_num_bytes: of the source, as it was listed: images, other members and what is around them.
         source_num_bytes, bitstream_num_bytes: sums over the rows.
         data: path of the shard (or tar, or folder) below the store's root.
         data_num_bytes, data_sha256: of that file; None for a folder.
@@ -64,6 +65,7 @@ class Completion:
     data_num_bytes: int | None
     data_sha256: str | None
     rejects_sha256: str | None = None
+    partition_num_bytes: int | None = None
     seconds: float
     stage_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from cotam.store.fs import split_uri
 SCENEQA_MEMBER = "member:questions.json"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
     """One question about the image ``key``.
 
@@ -39,15 +40,18 @@ class QuestionSource:
 
     Args:
         task: a .jsonl or .parquet file, "member:NAME", or "sceneqa", whose samples bring theirs as a member.
+        sha256: of the file, where it has to be that one.
 
     Attributes:
         num_questions: in the file; None for a member.
 
     Raises:
-        ValueError, OSError: as ``read_questions``.
+        ValueError, OSError: as ``read_questions``, or another file than that of ``sha256``.
     """
 
-    def __init__(self, task: str) -> None:
+    def __init__(self, task: str, sha256: str | None = None) -> None:
+        if sha256 is not None and task_sha256(task) != sha256:
+            raise ValueError(f"{task} has changed since this run started; run it again")
         task = SCENEQA_MEMBER if task == "sceneqa" else task
         self._member = task.removeprefix("member:") if task.startswith("member:") else None
         self._by_key = read_questions(task) if self._member is None else {}
@@ -124,7 +128,9 @@ def _question(row: Mapping[str, Any]) -> Question:
     for name in ("key", "question"):
         if not isinstance(row[name], str):
             raise ValueError(f"{name} must be a string")
-    kind, level = (str(row.get(name) or "") for name in ("type", "level"))
+    kind, level = (sys.intern(str(row.get(name) or "")) for name in ("type", "level"))
+    for text in (row["key"], row["question"], *answers, kind, level):
+        text.encode()  # half of a cut emoji is JSON, but no text that can be asked or stored
     return Question(key=row["key"], question=row["question"], answers=answers, type=kind, level=level)
 
 
