@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -53,35 +57,70 @@ def init_ray(address: str | None = None, num_cpus: int | None = None) -> None:
     local: dict[str, Any] = {
         "address": "local",  # or Ray takes whatever cluster was started here last, be it dead
         # One CPU more than there is, so that a worker a core leaves room for Ray's own tasks.
-        "num_cpus": num_cpus or (os.cpu_count() or 1) + 1,
+        "num_cpus": num_cpus or _usable_cpus() + 1,
         "include_dashboard": False,
         "object_store_memory": 150 * 2**20,
     }
     cluster = address or os.environ.get("RAY_ADDRESS")
     with _quiet_stderr():
         ray.init(**({"address": cluster} if cluster else local), log_to_driver=False, logging_level=logging.ERROR)
+    if threading.current_thread() is threading.main_thread():
+        # Ray's own handler ends the driver in the middle of whatever it does, with a dump of its stack.
+        signal.signal(signal.SIGTERM, _interrupt)
 
 
-def pool_size(resources: Resources, num_partitions: int) -> int:
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def pool_size(resources: Resources, num_partitions: int, at_most: bool = False) -> int:
     """How many workers to start on the cluster: as it is now, unless its autoscaler is to bring nodes for them.
+
+    Args:
+        resources: of each worker.
+        num_partitions: more workers would be idle.
+        at_most: take fewer workers than are asked for, if a node has been lost meanwhile.
 
     Raises:
         ResourceError: it cannot hold one, or not as many as are asked for.
     """
     if resources.autoscale:
         return min(resources.num_workers, num_partitions)
-    cluster = ray.cluster_resources()
-    cpus, gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus, gpus = (sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU"))
+    grow = "; --num-workers N --autoscale waits for nodes of a cluster that grows"
     if resources.gpus_per_worker > gpus:
-        raise ResourceError(f"{resources.gpus_per_worker:g} GPUs a worker, but the cluster has {gpus:g}")
+        raise ResourceError(f"{resources.gpus_per_worker:g} GPUs a worker, but the cluster has {gpus:g}{grow}")
     if resources.cpus_per_worker > cpus - 1:
-        raise ResourceError(f"{resources.cpus_per_worker:g} CPUs a worker, but the cluster has {cpus - 1:g} to spare")
-    fits = (cpus - 1) // resources.cpus_per_worker
+        raise ResourceError(
+            f"{resources.cpus_per_worker:g} CPUs a worker, but the cluster has {cpus - 1:g} to spare{grow}"
+        )
+    # One CPU stays for Ray's own tasks, on whichever node; a worker is on one node.
+    fits = min(sum(_room(node, resources) for node in nodes), int((cpus - 1) // resources.cpus_per_worker))
+    if not fits:
+        raise ResourceError(
+            f"no node has {resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs for a worker{grow}"
+        )
+    if resources.num_workers > fits and not at_most:
+        raise ResourceError(f"{resources.num_workers} workers, but the cluster has room for {fits}{grow}")
+    return min(resources.num_workers or fits, fits, num_partitions)
+
+
+def _room(node: dict[str, float], resources: Resources) -> int:
+    """How many workers a node holds."""
+    room = node.get("CPU", 0.0) // resources.cpus_per_worker
     if resources.gpus_per_worker:
-        fits = min(fits, gpus // resources.gpus_per_worker)
-    if resources.num_workers > fits:
-        raise ResourceError(f"{resources.num_workers} workers, but the cluster has room for {fits:g}")
-    return min(resources.num_workers or int(fits), num_partitions)
+        room = min(room, node.get("GPU", 0.0) // resources.gpus_per_worker)
+    return int(room)
+
+
+def _usable_cpus() -> int:
+    """CPUs that this process may run on, and that its container's quota (cgroup v2) is worth."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # "max" where there is no quota
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cpus = min(cpus, math.ceil(int(quota) / int(period)))
+    return max(1, cpus)
 
 
 @contextmanager

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.counter import Counts
 
@@ -32,6 +35,12 @@ class Progress:
     def snapshot(self) -> tuple[Counts, int]:
         """The counts so far, and how many partitions are done."""
         return self._counts, self._num_done
+
+
+def start_progress() -> Any:
+    """A ``Progress`` on the driver's node, which is lost only with the job."""
+    node = ray.get_runtime_context().get_node_id()
+    return Progress.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()  # type: ignore[attr-defined]  # of ray.remote
 
 
 class Reporter:
@@ -81,6 +90,12 @@ class polling:
 
     def _run(self) -> None:
         assert self._on_progress is not None
-        while not self._stop.wait(_POLL_S):
-            self._on_progress(*ray.get(self._progress.snapshot.remote()))
-        self._on_progress(*ray.get(self._progress.snapshot.remote()))
+        last = False
+        while not last:
+            last = self._stop.wait(_POLL_S)
+            try:
+                snapshot = ray.get(self._progress.snapshot.remote())
+            except RayError as error:
+                logging.getLogger(__name__).warning("progress is lost: %s", type(error).__name__)
+                return
+            self._on_progress(*snapshot)

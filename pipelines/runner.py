@@ -24,13 +24,14 @@ from typing import Any, Protocol
 import pyarrow as pa
 import ray
 import ray.data
+import torch
 from ray.data import ActorPoolStrategy
 from ray.exceptions import ObjectLostError, RayActorError
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
 from cotam.memory import return_freed_memory, use_malloc_for_arrow
 from cotam.store.fs import is_transient
-from cotam.store.ids import difference, each, ids_of
+from cotam.store.ids import HashedIds, difference, each, ids_of
 from cotam.store.partitions import Partition, Partitions
 from cotam.store.readers import key_of_file
 from cotam.store.records import Completion, RunStore
@@ -39,7 +40,7 @@ from cotam.store.storage_options import storage_configuration, use_storage_confi
 from pipelines.cluster import Resources, pool_size
 from pipelines.counter import Counts, Report
 from pipelines.events import PartitionEvents
-from pipelines.progress import OnProgress, Progress, Reporter, polling
+from pipelines.progress import OnProgress, Reporter, polling, start_progress
 
 # A wave is what the driver holds at a time: so many tasks, or partitions if that is less, but enough for all workers.
 _TASKS_PER_WAVE = 250
@@ -134,7 +135,7 @@ def run_partitions(
     num_skipped = len(partitions) - len(pending)
     if len(pending):
         store.forget_attempts(pending.ids)
-        progress = Progress.remote()  # type: ignore[attr-defined]  # added by ray.remote
+        progress = start_progress()
         with polling(progress, on_progress):
             _run_rounds(make_task, pending, store.root.uri, resources, progress)
     return _summarise(partitions, num_skipped, store, started)
@@ -149,8 +150,10 @@ def _run_rounds(
 ) -> None:
     futile = 0
     per_task = _PARTITIONS_PER_TASK
+    is_first = True
     while len(pending):
-        workers = pool_size(resources, len(pending))
+        workers = pool_size(resources, len(pending), at_most=not is_first)
+        is_first = False
         per_task = max(1, min(per_task, len(pending) // (_TASKS_PER_WORKER * workers)))
         left, num_settled = [], 0
         per_wave = max(min(_TASKS_PER_WAVE * per_task, _PARTITIONS_PER_WAVE), _TASKS_PER_WORKER * workers * per_task)
@@ -181,6 +184,7 @@ def _run_wave(
     """Ids of the partitions whose outcome is in the store; those of lost tasks are missing."""
     dataset = ray.data.from_blocks([task.table for task in tasks])
     dataset.context.max_errored_blocks = -1  # a lost task is not the job's end
+    dataset.context.actor_init_retry_on_errors = True  # nor is one worker that could not load a model at once
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Ray 2.60 has no other way to bound restarts
         results = dataset.map_batches(
@@ -270,6 +274,9 @@ class _Worker:
             record = retrying(self._process, partition)
             retrying(store.complete, record)
             self._events.completed(partition, record)
+        except torch.AcceleratorError as error:  # the device is lost to this process: another one takes the partition
+            self._events.failed(partition, _one_line(error))
+            os._exit(1)
         except Exception as error:  # one partition's failure is recorded and never stops the others
             retrying(store.fail, name, partition.source, _one_line(error))
             self._events.failed(partition, _one_line(error))
@@ -332,34 +339,40 @@ def _summarise(partitions: Partitions, num_skipped: int, store: RunStore, starte
 
 
 def _outdated(partitions: Partitions, others: list[Completion], store: RunStore) -> list[Completion]:
-    """Of records that are none of ``partitions``: earlier versions of sources that are finished as they are now."""
+    """Of records that are none of ``partitions``: earlier versions of sources that are finished as they are now.
+
+    Folders count as finished where some of their partitions are: each image of theirs is looked for.
+    """
     current = partitions.of_sources({record.source for record in others})
-    unfinished = {p.source for p in current.without(store.completed_ids())}
+    unfinished = {p.source for p in current.without(store.completed_ids()) if p.kind != "files"}
     finished = {p.source for p in current} - unfinished
     return [record for record in others if record.source in finished]
 
 
 def _without_lost_images(outdated: list[Completion], partitions: Partitions, store: RunStore) -> list[Completion]:
-    """Those all of whose images are in ``partitions``: loose files may be gone from their folder."""
+    """Those all of whose images are in finished ``partitions``: loose files may be gone from their folder."""
     current = partitions.of_sources({record.source for record in outdated})
     folders = {partition.source for partition in current if partition.kind == "files"}
+    current = current.without(current.without(store.completed_ids()).ids)
     found = [record for record in outdated if record.source not in folders]
     for folder in folders:
         files = (path for partition in current.of_sources([folder]) for path in partition.paths)
-        keys = ids_of(key_of_file(path) for path in files)
+        keys = HashedIds(key_of_file(path) for path in files)
         records = (record for record in outdated if record.source == folder)
         found += [record for record in records if not _has_others(record, keys, store)]
     return found
 
 
-def _has_others(record: Completion, keys: pa.ChunkedArray, store: RunStore) -> bool:
+def _has_others(record: Completion, keys: HashedIds, store: RunStore) -> bool:
     """Whether a partition has images, or rejects, whose key is none of ``keys``; or cannot be read."""
     try:
         rows = read_keys(store.root, record.data)
+    except FileNotFoundError:  # a job was killed while it removed the partition
+        rows = ids_of([])
     except (OSError, ValueError, pa.ArrowException):
         return True
-    rejects = ids_of(reject.key for reject in read_rejects(store.root, record.partition_id))
-    return len(difference(rows.cast(pa.string()), keys)) + len(difference(rejects, keys)) > 0
+    rejects = (reject.key for reject in read_rejects(store.root, record.partition_id))
+    return keys.lacks_any(each(rows)) or keys.lacks_any(rejects)
 
 
 def _cause(error: RayActorError) -> str:

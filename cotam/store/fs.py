@@ -113,24 +113,35 @@ class Root:
                 local_file.unlink()
 
     def remove(self, path: str) -> None:
-        """Delete a file, or a folder with everything in it, if it is there."""
-        target = self.join(path)
-        if self.fs.isdir(target):
+        """Delete a file, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self.join(path))
+
+    def remove_folder(self, path: str) -> None:
+        """Delete a folder with everything in it, if it is there."""
+        if self.fs.isdir(target := self.join(path)):
             self.fs.rm(target, recursive=True)
-        elif self.fs.exists(target):
-            self.fs.rm_file(target)
 
     def read_json(self, path: str) -> Any:
         """The parsed JSON of a file. Raises FileNotFoundError, or ValueError for a file that is not JSON."""
         return self._parse(bytes(self.fs.cat_file(self.join(path), start=0, end=_MAX_JSON_BYTES)), path)
 
-    def read_jsons(self, paths: Iterable[str]) -> Iterator[Any]:
-        """``read_json`` of many files, in order; object stores are asked for many at a time."""
+    def read_jsons(self, paths: Iterable[str], may_be_gone: bool = False) -> Iterator[Any]:
+        """``read_json`` of many files, in order; object stores are asked for many at a time.
+
+        ``may_be_gone``: None comes for a file that is not there.
+        """
         remaining = iter(paths)
         while chunk := list(islice(remaining, _FILES_AT_A_TIME)):
             targets = [self.join(path) for path in chunk]
-            contents = self.fs.cat_ranges(targets, 0, _MAX_JSON_BYTES, on_error="raise")
-            yield from map(self._parse, contents, chunk)
+            contents = self.fs.cat_ranges(targets, 0, _MAX_JSON_BYTES, on_error="return")
+            for path, content in zip(chunk, contents, strict=True):
+                if may_be_gone and isinstance(content, FileNotFoundError):
+                    yield None
+                elif isinstance(content, BaseException):
+                    raise content
+                else:
+                    yield self._parse(content, path)
 
     def _parse(self, content: bytes, path: str) -> Any:
         try:
@@ -174,11 +185,15 @@ def find_files(fs: AbstractFileSystem, path: str) -> Iterator[File]:
 
 
 def _is_loop(folder: str, name: str) -> bool:
-    """Whether a folder in ``folder`` is a link to one that it is in: "latest" may be a link to "."."""
+    """Whether a folder in ``folder`` is a link to one that it is in, by this way: "latest" may be a link to "."."""
     path = os.path.join(folder, name)
     if not os.path.islink(path):
         return False
-    return os.path.join(os.path.realpath(folder), "").startswith(os.path.join(os.path.realpath(path), ""))
+    real = os.path.realpath(path)
+    way = [folder]
+    while (above := os.path.dirname(way[-1])) != way[-1]:
+        way.append(above)
+    return any(os.path.realpath(above) == real for above in way)
 
 
 def glob_files(fs: AbstractFileSystem, pattern: str) -> Iterator[File]:
@@ -214,7 +229,8 @@ def _by_name(files: Iterator[File]) -> Iterator[File]:
     chunks = []
     while chunk := list(islice(files, _FILES_AT_A_TIME)):
         names = [file.name.encode(errors="surrogateescape") for file in chunk]
-        columns = pa.array(names, pa.binary()), [file.num_bytes for file in chunk], [file.version for file in chunk]
+        sizes, versions = [file.num_bytes for file in chunk], [file.version for file in chunk]
+        columns = pa.array(names, pa.large_binary()), sizes, pa.array(versions, pa.large_string())
         chunks.append(pa.table(columns, names=File._fields))
     if chunks:
         for batch in pa.concat_tables(chunks).sort_by("name").to_batches(_FILES_AT_A_TIME):

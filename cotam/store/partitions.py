@@ -128,7 +128,8 @@ class Partitions(Sequence[Partition]):
 def partition_id(stem: str, identity: Sequence[tuple[Any, ...]]) -> str:
     """The id of what ``identity``, JSON-serialisable, tells from everything else, with a readable ``stem``."""
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
-    return f"{re.sub(r'[^A-Za-z0-9_-]+', '_', stem)[:48]}-{digest}"
+    # What begins with "_" is no data to pyarrow, Spark and Hive.
+    return f"{re.sub(r'[^A-Za-z0-9_-]+', '_', stem).lstrip('_-')[:48] or 'part'}-{digest}"
 
 
 def _row(partition: Partition) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from cotam.store.ids import difference, each, ids_of, in_order
 
 MANIFEST = "_cotam/manifest.json"
 _LOCK = "_cotam/lock.json"
+_CLAIM = "_cotam/takeover.json"
 _HEARTBEAT_S = 20.0
 _STALE_S = 90.0
 _INTERRUPT = signal.SIGUSR2  # as Ctrl-C, whose own signal is ignored by what a script runs in the background
@@ -158,7 +159,7 @@ class RunStore:
 
     def discard(self, record: Completion) -> None:
         """Remove a finished partition: its output, its rejects, and last its record."""
-        self.root.remove(record.data)
+        self._remove_data(record.data)
         self.root.remove(f"_cotam/rejects/{record.partition_id}.parquet")
         self.root.remove(f"_cotam/completed/{record.partition_id}.json")
 
@@ -181,11 +182,10 @@ class RunStore:
         failed = self._ids("failed")
         if len(failed):
             failed = difference(failed, self.completed_ids())
-        found = []
-        for name in each(in_order(failed)):
-            with contextlib.suppress(FileNotFoundError):  # a job beside this one has finished it meanwhile
-                found.append(_failure(self.root.read_json(f"_cotam/failed/{name}.json"), name))
-        return found
+        names = list(each(in_order(failed)))
+        # What is gone has been finished by a job beside this one meanwhile.
+        records = self.root.read_jsons((f"_cotam/failed/{name}.json" for name in names), may_be_gone=True)
+        return [_failure(values, name) for name, values in zip(names, records, strict=True) if values is not None]
 
     def forget_attempts(self, pending: pa.ChunkedArray) -> None:
         """A new run gives the partitions in ``pending`` their attempts again; what others left half done is removed.
@@ -198,11 +198,17 @@ class RunStore:
             abandoned = set(each(difference(abandoned, self.completed_ids())))
             for name in self.root.list("data"):
                 if name.partition(".")[0] in abandoned:
-                    self.root.remove(f"data/{name}")
+                    self._remove_data(f"data/{name}")
             for name in abandoned:
-                self.root.remove(f"data/{name}")  # a folder of decoded images
+                self._remove_data(f"data/{name}")
         for name in each(begun):
             self.root.remove(f"_cotam/attempts/{name}.json")
+
+    def _remove_data(self, path: str) -> None:
+        if "." in path:
+            self.root.remove(path)
+        else:
+            self.root.remove_folder(path)  # of decoded images
 
     def count_attempt(self, partition_id: str) -> int:
         """Note that a worker starts on a partition. Returns how many started on it before and did not come back."""
@@ -232,10 +238,8 @@ class RunStore:
             "pids": _pid_space(),
             "started": _started(os.getpid()),
         }
-        self._refuse_if_locked()
-        with contextlib.suppress(FileExistsError):
-            self.root.create_json(_LOCK, {**owner, "heartbeat": time.time()})
-        if self._is_locked_by_another(token):  # of two that started at once
+        self._take_lock({**owner, "heartbeat": time.time()})
+        if (held := self._read_lock()) is None or held["token"] != token:  # of those that started at once
             raise StoreError(f"another job has just started on {self.root.uri}; wait for it or choose another DST")
         stop, lost = threading.Event(), threading.Event()
         is_main = threading.current_thread() is threading.main_thread()
@@ -273,13 +277,28 @@ class RunStore:
         held = self._read_lock()
         return held is not None and held["token"] != token
 
-    def _refuse_if_locked(self) -> None:
-        """Remove a lock that nobody holds any more; raise StoreError for one that somebody holds."""
+    def _take_lock(self, owner: dict[str, Any]) -> None:
+        """Write the lock where there is none, or one that nobody holds; raise StoreError where somebody does."""
         held = self._read_lock()
         if held is not None:
             self._refuse_if_alive(held)
-        if self.root.exists(_LOCK) and self._read_lock() == held:  # nobody was faster
-            self.root.remove(_LOCK)
+        if not self.root.exists(_LOCK):
+            with contextlib.suppress(FileExistsError):
+                self.root.create_json(_LOCK, owner)
+            return
+        try:  # of those who take over one lock, one at a time
+            self.root.create_json(_CLAIM, owner)
+        except FileExistsError:
+            claim = self._read_lock(_CLAIM)
+            if claim is not None and claim["token"] != owner["token"]:
+                if claim["heartbeat"] < time.time() - _STALE_S:  # whoever made it was killed
+                    self.root.remove(_CLAIM)
+                return
+        try:
+            if self._read_lock() == held:
+                self.root.write_json(_LOCK, owner)
+        finally:
+            self.root.remove(_CLAIM)
 
     def _refuse_if_alive(self, held: dict[str, Any]) -> None:
         if held["pids"] == _pid_space():
@@ -297,10 +316,10 @@ class RunStore:
                 " wait for it or stop it"
             )
 
-    def _read_lock(self) -> dict[str, Any] | None:
+    def _read_lock(self, path: str = _LOCK) -> dict[str, Any] | None:
         """The lock, or None where there is none that a job has written."""
         try:
-            held = self.root.read_json(_LOCK)
+            held = self.root.read_json(path)
             texts, numbers = (held["token"], held["host"]), (held["pid"], held["heartbeat"])
             is_lock = all(isinstance(t, str) for t in texts) and all(isinstance(n, int | float) for n in numbers)
         except (FileNotFoundError, ValueError, TypeError, KeyError):

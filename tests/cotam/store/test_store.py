@@ -107,9 +107,17 @@ def test_of_jobs_that_start_at_once_one_gets_the_store(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as jobs:
         for _ in range(20):
             assert sum(jobs.map(job, range(4))) == 1
-    (tmp_path / "_cotam/lock.json").write_text("{")  # of no job
-    with RunStore(str(tmp_path)).lock():
+            assert not list((tmp_path / "_cotam").iterdir())
+        stale = {"token": "t", "host": "h", "pid": 2**22 + 1, "pids": records._pid_space(), "heartbeat": 0}
+        for left in [json.dumps(stale), "{"] * 10:  # of a job that was killed, and of none
+            (tmp_path / "_cotam/lock.json").write_text(left)
+            assert sum(jobs.map(job, range(4))) <= 1
+        (tmp_path / "_cotam/lock.json").write_text(json.dumps(stale))
+        (tmp_path / "_cotam/takeover.json").write_text(json.dumps(stale))  # it was killed while it took over another's
+    with pytest.raises(StoreError), RunStore(str(tmp_path)).lock():
         pass
+    with RunStore(str(tmp_path)).lock():
+        assert [path.name for path in (tmp_path / "_cotam").iterdir()] == ["lock.json"]
 
 
 def test_options_that_came_later_do_not_change_a_run(tmp_path: Path) -> None:
