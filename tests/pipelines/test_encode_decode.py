@@ -18,14 +18,15 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from cotam.codec import Codec
 from cotam.metrics import psnr_rgb
 from cotam.store.fs import Root
-from cotam.store.partitions import Partition
+from cotam.store.partitions import Partition, partition_id
 from cotam.store.records import Completion, RunStore
-from cotam.store.shard import read_rejects
+from cotam.store.shard import read_rejects, rejects_path
 from cotam.store.verify import verify_shard, verify_store
 from jobs.console import Incomplete
 from jobs.run import run_job
@@ -82,6 +83,38 @@ def test_webdataset_to_parquet_and_back(tmp_path: Path) -> None:
     assert ds.dataset(f"{tmp_path}/again/data").to_table()["json"].to_pylist() == table["json"].to_pylist()
 
     assert encode(str(tmp_path / "in/*.tar"), dst).num_skipped == 3
+
+
+def test_every_name_of_a_source_gives_shards_that_readers_of_parquet_see(tmp_path: Path) -> None:
+    write_webdataset(tmp_path, 3, 2)
+    names = ["照片.tar", "_raw (1).tar", ".-.tar"]
+    for k, name in enumerate(names):
+        (tmp_path / f"part-{k:04d}.tar").rename(tmp_path / name)
+    assert encode(f"{tmp_path}/*.tar", f"{tmp_path}/out").num_rows == 4  # the last one is hidden from globs
+    assert ds.dataset(tmp_path / "out/data").count_rows() == 4
+    assert partition_id("照片", [("x",)]).startswith("part-") and partition_id("_raw", [("x",)]).startswith("raw-")
+
+
+class _OnALostDevice(EncodeTask):
+    """Its first process meets a device that does not come back to it."""
+
+    def process(self, partition: Partition, store: RunStore, report: Report) -> Completion:
+        if not store.root.exists("lost"):
+            store.root.write("lost", b"")
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        return super().process(partition, store, report)
+
+
+def test_a_device_that_is_lost_to_a_process_costs_no_partition(tmp_path: Path) -> None:
+    write_webdataset(tmp_path / "in", 2, 2)
+    store = RunStore(str(tmp_path / "out"))
+    config = EncodeConfig()
+    config_hash = store.open_run("encode", dataclasses.asdict(config), ["in"])
+    partitions = list_partitions(str(tmp_path / "in"))
+    summary = run_partitions(
+        partial(_OnALostDevice, config, config_hash, "cpu", 1), partitions, store, Resources(num_workers=1)
+    )
+    assert (summary.num_rows, summary.num_failed) == (4, 0)
 
 
 def test_ten_bad_files_among_good_ones(tmp_path: Path) -> None:
@@ -254,6 +287,43 @@ def test_originals_that_are_gone_take_nothing_with_them(tmp_path: Path) -> None:
     keys = ds.dataset(f"{dst}/data").to_table(columns=["key"])["key"].to_pylist()
     assert sorted(keys) == [f"{k}.jpg" for k in range(5)]
     assert problems(dst) == []
+
+    # Killed between a shard's removal and its record's.
+    store = RunStore(dst)
+    kept = next(r for r in store.completions() if r.num_rows == 4)
+    store.root.remove(kept.data)
+    store.root.remove(rejects_path(kept.partition_id))
+    summary = encode(str(source), dst)
+    assert (summary.num_replaced, summary.num_kept, len(list(store.completions()))) == (1, 0, 1)
+
+
+def test_a_bad_partition_of_a_folder_keeps_no_old_version_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for k in range(4):
+        (tmp_path / f"in/{k}").mkdir(parents=True)
+        (tmp_path / f"in/{k}/a.jpg").write_bytes(to_bytes(photograph(k)))
+    monkeypatch.setattr("pipelines.sources._ends_partition", lambda num_images, last: True)
+    source, dst = str(tmp_path / "in"), str(tmp_path / "out")
+    first = encode(source, dst)
+    for k in range(first.num_partitions):
+        os.utime(tmp_path / f"in/{k}/a.jpg", (k, k))
+    store = RunStore(dst)
+    config = EncodeConfig()
+    config_hash = store.open_run("encode", dataclasses.asdict(config), ["in"])
+    summary = run_partitions(
+        partial(_Failing, config, config_hash, "cpu", 1), list_partitions(source), store, RESOURCES
+    )
+    assert (summary.num_failed, summary.num_replaced, summary.num_kept) == (1, first.num_partitions - 1, 1)
+    keys = ds.dataset(f"{dst}/data").to_table(columns=["key"])["key"].to_pylist()
+    assert sorted(keys) == [f"{k}/a.jpg" for k in range(4)]
+
+
+class _Failing(EncodeTask):
+    def process(self, partition: Partition, store: RunStore, report: Report) -> Completion:
+        if "2/a.jpg" in partition.paths:
+            raise ValueError("not this one")
+        return super().process(partition, store, report)
 
 
 def test_a_shard_that_was_made_again_is_decoded_again(tmp_path: Path) -> None:

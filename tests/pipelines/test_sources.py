@@ -67,6 +67,13 @@ def test_links_to_themselves_and_upwards_stop_nothing(tmp_path: Path) -> None:
     reject = items["self.jpg"]
     assert isinstance(reject, Reject) and "leads to itself" in reject.error
 
+    for folder, other in (("2023", "2024"), ("2024", "2023")):
+        (tmp_path / f"years/{folder}").mkdir(parents=True)
+        (tmp_path / f"years/{folder}/{folder}.jpg").write_bytes(image)
+        (tmp_path / f"years/{folder}/beside").symlink_to(f"../{other}")
+    paths = [path for partition in list_partitions(str(tmp_path / "years")) for path in partition.paths]
+    assert paths == ["2023/2023.jpg", "2023/beside/2024.jpg", "2024/2024.jpg", "2024/beside/2023.jpg"]
+
     pq.write_table(pa.table({"image": [image]}), tmp_path / "a.parquet")
     (tmp_path / "b.parquet").symlink_to("nowhere")
     assert [bool(p.problem) for p in list_partitions(f"{tmp_path}/*.parquet")] == [False, True]
