@@ -12,6 +12,7 @@ import yaml
 
 T = TypeVar("T")
 BACKBONES = ("cotam", "elic")
+_MAX_NUM_Q = 128  # a quality index is an activation of the integer network
 Q_STEPS = 4  # quality indexes per quality level: q = round((quality - 1) * Q_STEPS)
 
 
@@ -48,6 +49,8 @@ class CodecConfig:
             raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, not {self.backbone!r}")
         if len(self.lmbdas) < 2 or self.lmbdas[0] <= 0 or list(self.lmbdas) != sorted(set(self.lmbdas)):
             raise ValueError(f"lmbdas must be two or more positive numbers that grow, not {self.lmbdas}")
+        if self.num_q > _MAX_NUM_Q:
+            raise ValueError(f"{self.num_levels} lmbdas are more quality levels than a bitstream and its integers hold")
         if self.M % 2:
             raise ValueError(f"M must be even, not {self.M}: y is coded in two halves of its channels")
         if self.M_levels:

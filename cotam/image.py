@@ -1,8 +1,8 @@
 """Image bytes to RGB and back: one decoder for everything people store, with a guard on size.
 
 Rules: EXIF orientation is applied; transparency is composited over white; 16-bit samples keep their upper 8 bits;
-CMYK, palette and grey images become RGB; of an animation the first frame counts. Colour profiles are not applied, as
-they are not by what feeds MLLMs.
+CMYK, palette and grey images become RGB; of an animation the first frame counts; a TIFF of several pages is none.
+Colour profiles are not applied, as they are not by what feeds MLLMs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,14 @@ MAX_SIDE_PX = 2**24
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "GIF", "PPM")
 _WHITE = (255, 255, 255, 255)
 _ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 274, 258, 262, 339  # tags of TIFF and EXIF
-_WHITE_IS_ZERO, _UNSIGNED = 0, 1
+_SUBFILE_TYPE = 254
+_WHITE_IS_ZERO, _UNSIGNED, _REDUCED_OR_MASK = 0, 1, 1 | 4
+_MAX_THUMBNAILS = 32  # pages of a TIFF that are looked at
+_MAX_SCANS = 1000  # of a JPEG, each of which goes over the whole image
+_NO_RANGE = "signed or 32-bit samples, whose range no file says: convert it to 8 or 16 bits"
+# Of sizes and damaged EXIF: the guard below decides. Not set and reset around each image, as threads share them.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", module=r"PIL\.")
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -55,29 +62,41 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> SourceImage:
         max_pixels: larger images are refused before their pixels are decoded.
 
     Raises:
-        ImageError: empty, unknown, corrupt, truncated or too large.
+        ImageError: empty, unknown, corrupt, truncated or too large; or pages or samples that would be lost.
+        MemoryError: there is too little.
     """
     if not data:
         raise ImageError("empty file")
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own limit must not undercut the one asked for
     _check_size(_webp_size(data), max_pixels)
+    if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > _MAX_SCANS:
+        raise ImageError(f"a JPEG of over {_MAX_SCANS} scans, perhaps a decompression bomb")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own size and EXIF warnings: the guard below decides
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                _check_size(image.size, max_pixels)
-                pixels = np.asarray(_to_rgb(image))
-                return SourceImage(np.ascontiguousarray(pixels), image.format or "unknown")
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(image.size, max_pixels)
+            if image.format == "TIFF":
+                _check_tiff(image)
+            pixels = np.asarray(_to_rgb(image))
+            return SourceImage(np.ascontiguousarray(pixels), image.format or "unknown")
     except UnidentifiedImageError:
         raise ImageError(f"not an image in a known format ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError:
         raise ImageError(f"over the limit of {max_pixels} pixels, perhaps a decompression bomb") from None
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise whatever they like on bad bytes
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"corrupt or truncated image: {reason}") from None
+
+
+def num_pixels_of(data: bytes) -> int:
+    """Pixels of an image by its header, which is not believed where it matters; 0 where there is none."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return image.width * image.height
+    except Exception:  # as above
+        return 0
 
 
 def encode_image(pixels: RGBImage, format: str = "PNG", **options: object) -> bytes:
@@ -133,6 +152,25 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     return int.from_bytes(head[6:8], "little") & 0x3FFF, int.from_bytes(head[8:10], "little") & 0x3FFF
 
 
+def _check_tiff(image: Any) -> None:
+    """Raise ImageError for a TIFF of which Pillow would read something else than is in it."""
+    tags = image.tag_v2
+    formats, bits = tags.get(_SAMPLE_FORMAT, (_UNSIGNED,)), tags.get(_BITS_PER_SAMPLE, (1,))
+    if any(sample != _UNSIGNED for sample in formats) and image.mode != "F":
+        raise ImageError(_NO_RANGE)
+    raw = [tile.args if isinstance(tile.args, str) else tile.args[0] for tile in image.tile if tile.codec_name == "raw"]
+    if max(bits) > 8 and any(len(name) == 1 for name in raw):
+        raise ImageError("planes of 16-bit samples: interleave or compress them, or convert it to 8 bits")
+    for page in range(1, _MAX_THUMBNAILS):
+        try:
+            image.seek(page)
+        except EOFError:
+            break
+        if not image.tag_v2.get(_SUBFILE_TYPE, 0) & _REDUCED_OR_MASK:
+            raise ImageError("several pages: split it into one image a page")
+    image.seek(0)
+
+
 def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:
     key = image.info.get("transparency")
     if isinstance(key, tuple) and image.tile[0].args == "RGB;16B":  # Pillow compares its lower bytes with upper ones
@@ -162,7 +200,7 @@ def _upper_8_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
     """Grey samples of more than 8 bits to "L"; ``tags`` are those of a TIFF."""
     num_bits, sample_format = tags.get(_BITS_PER_SAMPLE, (16,))[0], tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))[0]
     if num_bits > 16 or sample_format != _UNSIGNED:
-        raise ImageError("signed or 32-bit samples, whose range no file says: convert it to 8 or 16 bits")
+        raise ImageError(_NO_RANGE)
     samples = np.asarray(image)
     grey = (samples >> (num_bits - 8)).clip(0, 255).astype(np.uint8)
     if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow heeds it in files of 8 bits only

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cotam.bitstream import BitstreamError, unpack
 from cotam.codec import Codec, CompressedImage, DecompressedImage
-from cotam.image import ImageError, RGBImage, decode_image, num_computed_pixels
+from cotam.image import ImageError, RGBImage, decode_image, num_computed_pixels, num_pixels_of
 from cotam.importance import DEFAULT_STRENGTH
 from cotam.importance.source import ImportanceMap, ImportanceSource
 from cotam.stage_times import StageTimes
@@ -31,6 +31,7 @@ B = TypeVar("B")
 
 _BATCH_IMAGES = 16
 _BATCH_PIXELS = 2**24
+_PIXELS_UNDER_WAY = 2**26  # decoded ahead: 200 MB, and what decoders take beside them
 
 
 class Steering(NamedTuple):
@@ -82,7 +83,7 @@ def encode_stream(
         times: gets the seconds by stage.
 
     Raises:
-        Whatever ``samples`` raises, after the rows before it.
+        Whatever ``samples`` raises.
     """
     times = times or StageTimes()
     with (
@@ -90,7 +91,9 @@ def encode_stream(
         ThreadPoolExecutor(num_threads, thread_name_prefix="cotam-rans") as coders,
     ):
         read = prefetch(times.iterate("read", samples), 4)
-        decoded = ordered_map(decoders, lambda s: _decode_sample(s, codec, times), read, 2 * num_threads)
+        decoded = ordered_map(
+            decoders, lambda s: _decode_sample(s, codec, times), read, 2 * num_threads, _num_pixels_of_sample
+        )
         runs = batches(decoded, lambda d: num_computed_pixels(d.pixels.shape[1], d.pixels.shape[0]))
         if steering is not None:
             runs = prefetch(_estimate(runs, steering.source, times), 1)
@@ -155,19 +158,31 @@ def prefetch(items: Iterable[A], depth: int) -> Iterator[A]:
 
 
 def ordered_map(
-    executor: ThreadPoolExecutor, function: Callable[[A], B], items: Iterable[A], in_flight: int
+    executor: ThreadPoolExecutor,
+    function: Callable[[A], B],
+    items: Iterable[A],
+    in_flight: int,
+    num_pixels: Callable[[A], int] = lambda _: 0,
 ) -> Iterator[B]:
-    """Map in an executor's threads, in order, with at most ``in_flight`` items under way."""
-    pending: deque[Future[B]] = deque()
+    """Map in an executor's threads, in order.
+
+    At most ``in_flight`` items are under way, and of more than one no more than ``_PIXELS_UNDER_WAY``.
+    """
+    pending: deque[tuple[Future[B], int]] = deque()
+    under_way = 0
     try:
         for item in items:
-            pending.append(executor.submit(function, item))
-            if len(pending) >= in_flight:
-                yield pending.popleft().result()
+            size = num_pixels(item)
+            while pending and (len(pending) >= in_flight or under_way + size > _PIXELS_UNDER_WAY):
+                result = pending[0][0].result()
+                under_way -= pending.popleft()[1]
+                yield result
+            pending.append((executor.submit(function, item), size))
+            under_way += size
         while pending:
-            yield pending.popleft().result()
+            yield pending.popleft()[0].result()
     finally:
-        for future in pending:
+        for future, _ in pending:
             future.cancel()
 
 
@@ -189,6 +204,10 @@ def batches(
         pixels += size
     if batch:
         yield batch
+
+
+def _num_pixels_of_sample(sample: Sample | Reject) -> int:
+    return 0 if isinstance(sample, Reject) else num_pixels_of(sample.image)
 
 
 def _decode_sample(sample: Sample | Reject, codec: Codec, times: StageTimes) -> _Decoded | Reject:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from cotam.image import MAX_PIXELS, ImageError, RGBImage, decode_image
+from cotam.image import MAX_PIXELS, ImageError, RGBImage, decode_image, num_pixels_of
 from cotam.mllm.backend import Asked, Mllm, MllmConfig, MllmError, load_mllm
 from cotam.mllm.identity import refuse_other_mllm
 from cotam.stage_times import StageTimes
@@ -184,7 +184,10 @@ def read_views(
         return View(sample.key, sample.source, sample.members, pixels, size, size)
 
     with ThreadPoolExecutor(num_threads, thread_name_prefix="cotam-decode") as executor:
-        yield from ordered_map(executor, decode, times.iterate("read", samples), 2 * num_threads)
+        read = times.iterate("read", samples)
+        yield from ordered_map(
+            executor, decode, read, 2 * num_threads, lambda s: 0 if isinstance(s, Reject) else num_pixels_of(s.image)
+        )
 
 
 def with_questions(view: View, source: QuestionSource) -> tuple[View, list[Question]] | Reject:

@@ -7,10 +7,10 @@ decoded neighbours differ, the index is _BUSY higher. The residuals are a segmen
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from cotam.entropy.compiled import compiled
 from cotam.entropy.rans import RansCoder, RansDecoder, RansError, Segment, decode_segment
 from cotam.entropy.tables import GAUSSIAN_ROWS, NUM_SCALES, scales
 
@@ -49,7 +49,7 @@ def decode_quality_map(
     return quality_map.astype(np.uint8)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _predict(values, i, j):  # type: ignore[no-untyped-def]
     """What values[i, j] is predicted to be, and the row of its residual where that of flat surroundings is 0."""
     if i == 0:
@@ -64,7 +64,7 @@ def _predict(values, i, j):  # type: ignore[no-untyped-def]
     return predicted, np.uint8(GAUSSIAN_ROWS if flat else GAUSSIAN_ROWS + _BUSY)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _residuals(values):  # type: ignore[no-untyped-def]
     residuals = np.empty(values.shape, dtype=np.int16)
     rows = np.empty(values.shape, dtype=np.uint8)
@@ -75,7 +75,7 @@ def _residuals(values):  # type: ignore[no-untyped-def]
     return residuals, rows
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _decode(words, at, states, entries, prefix, values, index):  # type: ignore[no-untyped-def]
     row, residual = np.empty(1, dtype=np.uint8), np.empty(1, dtype=np.int16)
     lane = 0

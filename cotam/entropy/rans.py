@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from cotam.entropy.compiled import compiled
 from cotam.entropy.tables import PRECISION_BITS, Tables
 
 MAX_LANES_LOG2 = 3
@@ -131,7 +131,7 @@ class RansDecoder:
 # mixed with int64 becomes float64. Moving a word is branch-free, because no predictor guesses when one is due.
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _encode(symbols, rows, words, at, states, entries, inverse, centre, radius):  # type: ignore[no-untyped-def]
     """Push one segment, last symbol first; words grow down from ``at``. Returns where they begin now."""
     last_lane = np.uint64(len(states) - 1)
@@ -157,7 +157,7 @@ def _encode(symbols, rows, words, at, states, entries, inverse, centre, radius):
     return at
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def decode_segment(words, at, states, rows, entries, prefix, symbols):  # type: ignore[no-untyped-def]
     """Pop one segment. Returns the position after its words: past the last word if there were not enough."""
     num_words = len(words) - 2

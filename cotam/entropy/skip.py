@@ -5,9 +5,10 @@ Order is that of memory.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from cotam.entropy.compiled import compiled
 
 
 def drop_skipped(
@@ -24,7 +25,7 @@ def restore_skipped(coded: NDArray[np.int16], rows: NDArray[np.uint8], num_skipp
     return restored.reshape(rows.shape)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _drop(symbols, rows, num_skipped):  # type: ignore[no-untyped-def]
     out_symbols = np.empty(rows.size + 1, dtype=np.int16)
     out_rows = np.empty(rows.size + 1, dtype=np.uint8)
@@ -36,7 +37,7 @@ def _drop(symbols, rows, num_skipped):  # type: ignore[no-untyped-def]
     return out_symbols[:n], out_rows[:n]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _restore(coded, rows, num_skipped):  # type: ignore[no-untyped-def]
     out = np.zeros(rows.size, dtype=np.int16)
     n = 0

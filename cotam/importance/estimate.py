@@ -15,6 +15,7 @@ from torch import Tensor
 from cotam.image import RGBImage
 from cotam.importance.source import ImportanceMap, ImportanceSource
 from cotam.importance.tower import AttentionTower
+from cotam.models.precision import computes_in_bfloat16
 
 _TILE_SCALE = 2  # a tile is this many times the tower's input a side: finer detail than that is not read anyway
 _MAX_TILES = 4  # a side
@@ -45,7 +46,8 @@ class ImportanceEstimator:
 
     def __init__(self, tower: AttentionTower, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
         self.device = torch.device(device)
-        default = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        in_bfloat16 = self.device.type == "cuda" and computes_in_bfloat16(self.device)  # not on GPUs that emulate it
+        default = torch.bfloat16 if in_bfloat16 else torch.float32
         self.tower = tower.to(self.device)
         self.tower.visual.to(dtype or default)
 

@@ -32,7 +32,9 @@ def _read_member(sample: Sample, name: str) -> ImportanceMap | ValueError:
         return ValueError(f"no importance: the sample has no member {name!r}")
     try:
         importance = (_read_npy(value) if isinstance(value, bytes) else np.asarray(value)).astype(np.float32)
-    except (ValueError, TypeError, EOFError, OverflowError, MemoryError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # numpy's parser of headers raises whatever it likes on bad bytes
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return ValueError(f"importance member {name!r} is no array of numbers: {reason}")
     if importance.ndim != 2 or importance.size == 0 or not ((importance >= 0) & (importance <= 1)).all():

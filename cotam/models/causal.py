@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from cotam.entropy.compiled import compiled
 from cotam.models.integer import ACTIVATION_MAX, Integers
 
 
@@ -29,7 +29,7 @@ class CausalPredictor:
         return z
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _restore(residuals, levels, weight, bias, scale, limit):  # type: ignore[no-untyped-def]
     channels, height, width = residuals.shape
     z = np.zeros((channels, height + 1, width + 2), dtype=np.int32)  # with a border of zeros

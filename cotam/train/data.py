@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from cotam.image import ImageError, RGBImage, decode_image
 from cotam.train.config import DataConfig
 
-_IMAGE_MEMBERS = "jpg;jpeg;png;webp"
+_log = logging.getLogger(__name__)
+_IMAGE_MEMBERS = "jpg;jpeg;png;webp;avif;tif;tiff;bmp"
 _PIXELS_PER_CROP = 2.5  # a large image gives one crop per this many crop areas, so that its decoding pays
 _MIN_SCALE = 0.5  # images shrink by a random factor: other sizes of the same things, and less of a JPEG's own noise
 _MAX_CROPS = 8
@@ -56,6 +58,7 @@ class CropDataset(IterableDataset[Tensor]):
                 nodesplitter=iter,  # every rank and worker reads every tar, in an order of its own
                 workersplitter=iter,
                 empty_check=False,
+                handler=_go_on,
             )
             produced = False
             for data in image_members(dataset.shuffle(200, rng=rng)):
@@ -111,6 +114,12 @@ def image_members(dataset: wds.WebDataset) -> Iterator[bytes]:
             yield data
 
 
+def _go_on(error: Exception) -> bool:
+    """A tar that is cut, missing or none ends no training; each pass says so once."""
+    _log.warning("a training tar is passed over from here on: %s", " ".join(str(error).split())[:300])
+    return True
+
+
 def expand_urls(urls: Sequence[str]) -> list[str]:
     """WebDataset expands braces in a single string only, not in a list."""
     return [url for pattern in urls for url in braceexpand.braceexpand(pattern)]
@@ -120,7 +129,7 @@ def decode_rgb(data: bytes, scale: Callable[[int], float] | None = None) -> RGBI
     """Decode training bytes to uint8 (H, W, 3), scaled by what ``scale`` says to its shorter side; None if it fails."""
     try:
         pixels = decode_image(data).pixels
-    except ImageError:
+    except (ImageError, MemoryError):
         return None
     height, width = pixels.shape[:2]
     factor = scale(min(height, width)) if scale is not None else 1.0

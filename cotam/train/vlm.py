@@ -106,7 +106,8 @@ class VlmTrainer(Trainer[AnswerModel, VlmBatch]):
         llava.model.vision_tower.requires_grad_(config.tower_lr_factor > 0)
         vision: Any = llava.config.vision_config
         self.image_px: int = vision.image_size
-        super().__init__(AnswerModel(llava), config, out_dir, device, llava.config.to_dict())
+        shape = {k: v for k, v in llava.config.to_dict().items() if k not in ("transformers_version", "_name_or_path")}
+        super().__init__(AnswerModel(llava), config, out_dir, device, shape)
         self._collate = partial(
             collate,
             tokenizer=build_tokenizer(),

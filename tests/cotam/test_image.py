@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from cotam.image import MAX_PIXELS, ImageError, RGBImage, decode_image, encode_image
@@ -150,6 +151,54 @@ def test_grey_tiffs_of_other_depths_than_8_bits() -> None:
     for data in (_tiff(ramp.tobytes(), 16, sample_format=2), _tiff(ramp.astype(np.uint32).tobytes(), 32)):
         with pytest.raises(ImageError, match="signed or 32-bit samples"):
             decode_image(data)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_a_tiff_of_any_layout_is_right_or_refused(bits: int, planar: str, compression: str | None) -> None:
+    rgb = np.random.default_rng(0).integers(0, 2**bits, (40, 56, 3)).astype(f"u{bits // 8}")
+    file = io.BytesIO()
+    samples = rgb if planar == "contig" else np.moveaxis(rgb, 2, 0)
+    tifffile.imwrite(file, samples, photometric="rgb", planarconfig=planar, compression=compression)
+    if bits == 16 and planar == "separate" and compression is None:  # Pillow takes its bytes for samples
+        with pytest.raises(ImageError, match="planes of 16-bit samples"):
+            decode_image(file.getvalue())
+        return
+    np.testing.assert_array_equal(decode_image(file.getvalue()).pixels, (rgb >> (bits - 8)).astype(np.uint8))
+
+
+def test_no_page_of_a_tiff_is_lost_without_a_word() -> None:
+    page = np.arange(64 * 48 * 3, dtype=np.uint8).reshape(64, 48, 3)
+    pages, pyramid, signed = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    tifffile.imwrite(pages, np.stack([page, page]), photometric="rgb")
+    with pytest.raises(ImageError, match="several pages"):
+        decode_image(pages.getvalue())
+    with tifffile.TiffWriter(pyramid) as writer:
+        writer.write(page, photometric="rgb")
+        writer.write(page[::2, ::2], photometric="rgb", subfiletype=1)
+    np.testing.assert_array_equal(decode_image(pyramid.getvalue()).pixels, page)
+    tifffile.imwrite(signed, page[..., 0].astype(np.int8), photometric="minisblack")
+    with pytest.raises(ImageError, match="signed"):
+        decode_image(signed.getvalue())
+
+
+def test_a_jpeg_of_endless_scans_is_refused_before_it_is_decoded() -> None:
+    data = _save(Image.new("L", (64, 64), 80), "JPEG", progressive=True)
+    at = data.rindex(b"\xff\xda")
+    length = int.from_bytes(data[at + 2 : at + 4], "big") + 2
+    bomb = data[:-2] + data[at : at + length] * 2000 + data[-2:]
+    with pytest.raises(ImageError, match="scans"):
+        decode_image(bomb)
+
+
+def test_too_little_memory_is_no_fault_of_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("cotam.image._to_rgb", full)
+    with pytest.raises(MemoryError):
+        decode_image(_save(Image.new("RGB", (8, 8)), "PNG"))
 
 
 def _tiff(data: bytes, num_bits: int, photometric: int = 1, sample_format: int = 1) -> bytes:

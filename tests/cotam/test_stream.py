@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from cotam.codec import Codec
 from cotam.image import num_computed_pixels, size_problem
 from cotam.store.schema import Reject, Row, Sample
-from cotam.stream import DecodedRow, decode_stream, encode_stream
+from cotam.stream import DecodedRow, decode_stream, encode_stream, ordered_map
 from tests.corpus import photograph, to_bytes
 
 
@@ -40,6 +42,27 @@ def test_rows_that_lie_about_their_size_are_rejects_before_they_are_decoded(
         "bitstream checksum does not match: truncated or altered",
     ]
     assert num_decoded == 2
+
+
+def test_few_large_images_are_decoded_ahead_and_many_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cotam.stream._PIXELS_UNDER_WAY", 100)
+    under_way: list[int] = []
+    most = 0
+
+    def begin(item: int) -> int:
+        nonlocal most
+        under_way.append(item)
+        most = max(most, sum(under_way))
+        return item
+
+    sizes = [10] * 20 + [90] * 5 + [500] * 3 + [10] * 20
+    with ThreadPoolExecutor(8) as executor:
+        results = []
+        for item in ordered_map(executor, begin, sizes, 8, lambda size: size):
+            time.sleep(0.005)
+            under_way.remove(item)
+            results.append(item)
+    assert results == sizes and most <= 600  # one image beyond what is under way has just been handed on
 
 
 def test_lines_count_as_what_they_cost(codec: Codec) -> None:

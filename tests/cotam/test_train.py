@@ -115,7 +115,7 @@ def test_a_run_of_two_processes_goes_on_in_one_and_back(config: CodecTrainConfig
 
 
 def test_what_is_no_image_does_not_end_a_training(config: CodecTrainConfig, tmp_path: Path) -> None:
-    """A bomb, a damaged PNG and a caption alone, beside one photograph; three quality levels."""
+    """A bomb, a damaged PNG, a caption alone and bad tars beside one photograph; three quality levels."""
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + header
     bomb += struct.pack(">I", zlib.crc32(b"IHDR" + header))
@@ -128,7 +128,11 @@ def test_what_is_no_image_does_not_end_a_training(config: CodecTrainConfig, tmp_
     ]
     write_tar(tmp_path / "mixed.tar", members)
     tars = (str(tmp_path / "mixed.tar"),)
-    data = dataclasses.replace(config.data, train=tars, evaluation=tars)
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "mixed.tar").read_bytes()[:1500])
+    (tmp_path / "none.tar").write_bytes(b"<html>not found</html>" * 100)
+    write_tar(tmp_path / "twice.tar", [("d.jpg", photo), ("d.jpg", photo)])
+    train = (*tars, *(str(tmp_path / f"{name}.tar") for name in ("cut", "none", "twice", "missing")))
+    data = dataclasses.replace(config.data, train=train, evaluation=tars)
     model = dataclasses.replace(SMALL, lmbdas=(0.001, 0.01, 0.1), M_levels=(8, 16, 32))
     records: list[dict[str, Any]] = []
     CodecTrainer(dataclasses.replace(config, data=data, model=model), tmp_path / "run").run(records.append)

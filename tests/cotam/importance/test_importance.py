@@ -191,6 +191,7 @@ def test_importance_can_be_a_member_of_the_sample(codec: Codec, photos: dict[str
         "bad zip": (b"PK\x03\x04...", "not a .npy file"),
         "huge": (huge.getvalue(), "header and its size do not fit"),
         "cut": (npy(good)[:-8], "header and its size do not fit|no array of numbers"),
+        "damaged": (npy(good).replace(b"(4, 6)", b"(4, 6 "), "no array of numbers"),
         "pickle": (npy(np.array([{"a": 1}], dtype=object), allow_pickle=True), "header and its size do not fit"),
         "ragged": ([[0.0], [0.0, 1.0]], "no array of numbers"),
         "missing": (None, "no member 'map'"),

@@ -1,0 +1,20 @@
+"""Compilation of the loops of entropy coding to machine code that other threads run beside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def compiled(function: Function) -> Function:
+    """``function`` compiled at its first call, and kept on disk for the next process where that can be written."""
+    result: Any
+    try:
+        result = numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # neither the package's folder nor a home
+        result = numba.njit(nogil=True)(function)
+    return cast(Function, result)
