@@ -28,7 +28,7 @@ from stages import watch
 
 from cotam.codec import Codec
 from cotam.image import RGBImage
-from cotam.stream import ordered_map, prefetch
+from cotam.overlap import ordered_map, prefetch
 
 _QUALITY = 4.0
 

@@ -9,7 +9,7 @@ _PASSWORD = re.compile(r"(\w://)[^/@\s:]*:(?!\d+(?:/|$))[^@\s]*@")
 _TOKEN = re.compile(r"https?://[^/@\s]+@")
 _USERINFO = re.compile(r"(\w://)[^/@\s]+@")
 _SIGNATURE = re.compile(
-    r"(?i)\b([\w.-]*(?:signature|credential|token|secret|password|accesskey|api_?key)[\w.-]*|sig)=[^&\s]+"
+    r"(?i)\b([\w.-]*(?:signature|credential|token|secret|password|access_?key|account_?key|api_?key)[\w.-]*|sig)=[^&\s]+"
 )
 
 

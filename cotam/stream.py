@@ -9,11 +9,8 @@ Every stage holds a bounded number of images, so memory does not depend on the l
 from __future__ import annotations
 
 import hashlib
-import queue
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
 from torch import Tensor
@@ -23,6 +20,7 @@ from cotam.codec import Codec, CompressedImage, DecompressedImage
 from cotam.image import ImageError, RGBImage, decode_image, num_computed_pixels, num_pixels_of
 from cotam.importance import DEFAULT_STRENGTH
 from cotam.importance.source import ImportanceMap, ImportanceSource
+from cotam.overlap import ordered_map, prefetch
 from cotam.stage_times import StageTimes
 from cotam.store.schema import Reject, Row, Sample
 
@@ -31,7 +29,6 @@ B = TypeVar("B")
 
 _BATCH_IMAGES = 16
 _BATCH_PIXELS = 2**24
-_PIXELS_UNDER_WAY = 2**26  # decoded ahead: 200 MB, and what decoders take beside them
 
 
 class Steering(NamedTuple):
@@ -116,74 +113,6 @@ def decode_stream(
         runs = batches(prefetch(checked, 2 * _BATCH_IMAGES), lambda r: num_computed_pixels(r.width, r.height))
         decoded = (item for batch in runs for item in _decode_rows(batch, codec, coders, with_latents, times))
         yield from prefetch(decoded, num_threads)
-
-
-def prefetch(items: Iterable[A], depth: int) -> Iterator[A]:
-    """Iterate in a thread of its own, at most ``depth`` items ahead; exceptions arrive where they belong."""
-    ahead: queue.Queue[tuple[A | None, BaseException | None]] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(item: A | None, error: BaseException | None) -> bool:
-        while not stop.is_set():
-            try:
-                ahead.put((item, error), timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def run() -> None:
-        try:
-            for item in items:
-                if not put(item, None):
-                    return
-        except BaseException as error:  # handed over to the consumer, whatever it is
-            put(None, error)
-        else:
-            put(None, StopIteration())
-
-    thread = threading.Thread(target=run, daemon=True, name="cotam-prefetch")
-    thread.start()
-    try:
-        while True:
-            item, error = ahead.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item  # type: ignore[misc]  # an item, since there was no error
-    finally:
-        stop.set()
-        thread.join()
-
-
-def ordered_map(
-    executor: ThreadPoolExecutor,
-    function: Callable[[A], B],
-    items: Iterable[A],
-    in_flight: int,
-    num_pixels: Callable[[A], int] = lambda _: 0,
-) -> Iterator[B]:
-    """Map in an executor's threads, in order.
-
-    At most ``in_flight`` items are under way, and of more than one no more than ``_PIXELS_UNDER_WAY``.
-    """
-    pending: deque[tuple[Future[B], int]] = deque()
-    under_way = 0
-    try:
-        for item in items:
-            size = num_pixels(item)
-            while pending and (len(pending) >= in_flight or under_way + size > _PIXELS_UNDER_WAY):
-                result = pending[0][0].result()
-                under_way -= pending.popleft()[1]
-                yield result
-            pending.append((executor.submit(function, item), size))
-            under_way += size
-        while pending:
-            yield pending.popleft()[0].result()
-    finally:
-        for future, _ in pending:
-            future.cancel()
 
 
 def batches(

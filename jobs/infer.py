@@ -100,12 +100,11 @@ def infer(
             )
         except Incomplete as error:  # what there is is told first
             incomplete = error
-        finally:
-            ids = {p.partition_id for p in partitions}
-            paths = [record.data for record in store.completions() if record.partition_id in ids]
-            metrics = summarise(partial(read_predictions, store.root, paths), metric)
-            metrics["num_not_asked"] = max(0, num_in_task - metrics["num_questions"]) if num_in_task is not None else 0
-            store.root.write_json("metrics.json", metrics)
+        ids = {p.partition_id for p in partitions}
+        paths = [record.data for record in store.completions() if record.partition_id in ids]
+        metrics = summarise(partial(read_predictions, store.root, paths), metric)
+        metrics["num_not_asked"] = max(0, num_in_task - metrics["num_questions"]) if num_in_task is not None else 0
+        store.root.write_json("metrics.json", metrics)
     if as_json:
         print_json(metrics)
     else:
@@ -127,6 +126,7 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
         asked = f"{result['num_questions']} questions{blind}"
         say(f"  {name:10} {result['score']:6.1%}  ({low:.1%} to {high:.1%}, {asked})")
     if metrics["num_not_asked"]:
-        say(f"{metrics['num_not_asked']} questions of the task are about no image of SRC, or a reject: not counted.")
+        num = metrics["num_not_asked"]
+        say(f"{num} questions of the task are not counted: about no image of SRC, a reject, or a failed partition.")
     if metrics["num_errors"]:
         say(f"{metrics['num_errors']} questions have no answer; the column `error` says why.")

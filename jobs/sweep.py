@@ -119,13 +119,12 @@ def sweep(
             run_job(make_task, partitions, store, resources, ray_address, as_json, quiet=quiet, with_summary=False)
         except Incomplete as error:  # what there is is told first
             incomplete = error
-        finally:
-            ids = {p.partition_id for p in partitions}
-            done = [record.data for record in store.completions() if record.partition_id in ids]
-            results = results_of(store, done, metric)
-            if done:
-                store.root.write_json("results.json", results)
-                store.root.write("report.html", page("CoTAM sweep", sweep_parts(results)).encode())
+        ids = {p.partition_id for p in partitions}
+        done = [record.data for record in store.completions() if record.partition_id in ids]
+        results = results_of(store, done, metric)
+        if done:
+            store.root.write_json("results.json", results)
+            store.root.write("report.html", page("CoTAM sweep", sweep_parts(results)).encode())
     if as_json:
         print_json(results)
     elif done:

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from cotam.image import MAX_PIXELS, encode_image
+from cotam.overlap import ordered_map
 from cotam.stage_times import StageTimes
 from cotam.store.fs import Root
 from cotam.store.partitions import Partition, Partitions, partition_id
 from cotam.store.records import Completion, RunStore
 from cotam.store.schema import Reject, Row
 from cotam.store.shard import RejectWriter, file_sha256, read_rows
-from cotam.stream import DecodedRow, decode_stream, ordered_map
+from cotam.stream import DecodedRow, decode_stream
 from pipelines.counter import Counter, Report
 from pipelines.pinned import load_codec
 

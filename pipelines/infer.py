@@ -17,6 +17,7 @@ from torch import Tensor
 from cotam.image import MAX_PIXELS, ImageError, RGBImage, decode_image, num_pixels_of
 from cotam.mllm.backend import Asked, Mllm, MllmConfig, MllmError, load_mllm
 from cotam.mllm.identity import refuse_other_mllm
+from cotam.overlap import ordered_map, prefetch
 from cotam.stage_times import StageTimes
 from cotam.store.fs import Root
 from cotam.store.partitions import Partition
@@ -24,7 +25,7 @@ from cotam.store.readers import read_partition
 from cotam.store.records import Completion, RunStore
 from cotam.store.schema import Reject, Sample
 from cotam.store.shard import RejectWriter, read_rows
-from cotam.stream import batches, decode_stream, ordered_map, prefetch
+from cotam.stream import batches, decode_stream
 from cotam.tasks.questions import Question, QuestionSource
 from cotam.tasks.results import PREDICTION_SCHEMA
 from cotam.tasks.scores import METRICS, check_metric

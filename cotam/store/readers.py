@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
+from cotam.overlap import ordered_map
 from cotam.store.fs import split_uri
 from cotam.store.partitions import Partition
 from cotam.store.schema import Reject, Sample
@@ -22,6 +24,8 @@ from cotam.store.tars import MAX_SAMPLE_BYTES, read_tar
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes", "content")
 _KEY_COLUMNS = ("key", "__key__", "id", "image_id", "filename", "file_name", "path")
+_FILES_AHEAD = 16
+_MAX_MEAN_BYTES_AHEAD = 2**23  # of the files of a partition that is read ahead
 _PARQUET_BATCH_ROWS = 16
 _PARQUET_BUFFER_BYTES = 2**20
 _MAX_LOST_ROWS = 100_000  # of a damaged row group get a reject each; a footer may claim any number
@@ -164,16 +168,24 @@ def key_of_file(path: str) -> str:
 
 def _read_files(partition: Partition) -> Iterator[Sample | Reject]:
     fs, root = split_uri(partition.source)
-    for path in partition.paths:
+
+    def read(path: str) -> Sample | Reject:
         key = key_of_file(path)
         try:
             data = _read_file(fs, f"{root}/{path}", partition.num_bytes)
         except FileNotFoundError:
-            yield Reject(key=key, source=partition.source, stage="read", error="file has disappeared")
+            return Reject(key=key, source=partition.source, stage="read", error="file has disappeared")
         except ValueError as error:
-            yield Reject(key=key, source=partition.source, stage="read", error=str(error))
-        else:
-            yield Sample(key=key, source=partition.source, image=data)
+            return Reject(key=key, source=partition.source, stage="read", error=str(error))
+        return Sample(key=key, source=partition.source, image=data)
+
+    mean_num_bytes = partition.num_bytes / max(1, len(partition.paths))
+    if isinstance(fs, LocalFileSystem) or mean_num_bytes > _MAX_MEAN_BYTES_AHEAD:
+        yield from map(read, partition.paths)
+        return
+    # An object store answers each request late, and many at a time.
+    with ThreadPoolExecutor(_FILES_AHEAD, thread_name_prefix="cotam-files") as executor:
+        yield from ordered_map(executor, read, partition.paths, 2 * _FILES_AHEAD)
 
 
 def _read_file(fs: AbstractFileSystem, path: str, partition_num_bytes: int) -> bytes:

@@ -10,8 +10,9 @@ import pytest
 
 from cotam.codec import Codec
 from cotam.image import num_computed_pixels, size_problem
+from cotam.overlap import ordered_map
 from cotam.store.schema import Reject, Row, Sample
-from cotam.stream import DecodedRow, decode_stream, encode_stream, ordered_map
+from cotam.stream import DecodedRow, decode_stream, encode_stream
 from tests.corpus import photograph, to_bytes
 
 
@@ -45,7 +46,7 @@ def test_rows_that_lie_about_their_size_are_rejects_before_they_are_decoded(
 
 
 def test_few_large_images_are_decoded_ahead_and_many_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cotam.stream._PIXELS_UNDER_WAY", 100)
+    monkeypatch.setattr("cotam.overlap._PIXELS_UNDER_WAY", 100)
     under_way: list[int] = []
     most = 0
 

@@ -28,6 +28,7 @@ import pytest
 
 from cotam.store import records, s3
 from cotam.store.fs import Root, is_transient
+from cotam.store.readers import read_partition
 from cotam.store.records import RunStore
 from cotam.store.storage_options import set_storage_options
 from cotam.store.verify import verify_shard
@@ -262,6 +263,22 @@ def test_a_server_that_is_away_is_an_oserror_and_the_lock_outlives_it(
             assert time.monotonic() < deadline, "the heartbeat has stopped"
             time.sleep(0.1)
     assert not store.root.exists("_cotam/lock.json")
+
+
+def test_loose_files_are_asked_for_many_at_a_time_and_come_in_order(server: str, proxy: FaultProxy) -> None:
+    names = [f"{k:03d}.jpg" for k in range(40)]
+    for name in names:
+        s3_client(server).put_object(Bucket="corpus", Key=f"loose/{name}", Body=name.encode())
+    (partition,) = list_partitions("s3://corpus/loose")
+
+    def slow(request: Request) -> None:
+        time.sleep(0.1)
+
+    proxy.rule = slow
+    started = time.monotonic()
+    items = list(read_partition(partition))
+    assert [item.key for item in items] == names and [item.image for item in items] == [n.encode() for n in names]
+    assert time.monotonic() - started < 2.5  # 4 s one after another
 
 
 def test_a_lock_is_created_once(server: str, proxy: FaultProxy) -> None:
