@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from cotam.bitstream import BitstreamError, ModelMismatchError, pack, unpack
 from cotam.codec import Codec
+from cotam.config import Q_STEPS
 from cotam.entropy.quality_map import encode_quality_map
 from cotam.entropy.rans import RansCoder
 from cotam.image import RGBImage, decode_image
@@ -160,6 +161,14 @@ def _compiled(codec: Codec) -> Iterator[Codec]:
         pytest.param(_compiled, marks=pytest.mark.slow),
     ],
 )
+def test_latents_have_all_channels_at_every_quality(codec: Codec, photos: dict[str, RGBImage]) -> None:
+    for quality in (1.0, 8.0):
+        (y_hat,) = codec.latents(codec.decompress([codec.encode(photos["coffee"][:70, :100], quality)]))
+        used = codec.model.config.num_channels(round((quality - 1) * Q_STEPS))
+        assert y_hat.shape == (codec.model.config.M, 5, 7)
+        assert y_hat[:used].abs().sum() > 0 and not y_hat[used:].any()
+
+
 def test_encoded_one_way_decodes_the_other_way(
     codec: Codec, images: list[RGBImage], coded: Coded, another_way: Callable[[Codec], AbstractContextManager[Codec]]
 ) -> None:

@@ -70,6 +70,18 @@ def test_a_run_resumes_and_exports_a_codec(
     weights = train_codec(longer, out, "cpu")
     resumed = CodecTrainer(longer, out)
     assert resumed.resumed and resumed.step == 8
+    # Time goes on, crops and noise are others than before, and the optimizer knows what it knew.
+    fresh = CodecTrainer(longer, tmp_path / "fresh")
+    assert resumed.trained_s > 0 and resumed.seed != fresh.seed
+    assert not torch.equal(next(resumed.batches()), next(fresh.batches()))
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)["optimizers"]
+    for optimizer_of_run, state in zip(resumed._optimizers, saved, strict=True):
+        loaded = optimizer_of_run.state_dict()["state"]
+        assert len(loaded) == len(state["state"]) > 0
+        for parameter, values in state["state"].items():
+            for name, value in values.items():
+                if isinstance(value, torch.Tensor):
+                    torch.testing.assert_close(loaded[parameter][name], value)
 
     codec = Codec.load(str(weights))
     image = np.zeros((70, 90, 3), np.uint8)
