@@ -85,6 +85,14 @@ def _load_and_code(images: list[RGBImage]) -> Coded:
 
 
 @pytest.mark.usefixtures("num_threads")
+def test_latents_have_all_channels_at_every_quality(codec: Codec, photos: dict[str, RGBImage]) -> None:
+    for quality in (1.0, 8.0):
+        (y_hat,) = codec.latents(codec.decompress([codec.encode(photos["coffee"][:70, :100], quality)]))
+        used = codec.model.config.num_channels(round((quality - 1) * Q_STEPS))
+        assert y_hat.shape == (codec.model.config.M, 5, 7)
+        assert y_hat[:used].abs().sum() > 0 and not y_hat[used:].any()
+
+
 @pytest.mark.parametrize(
     "code", [_one_at_a_time, _in_batches, _in_threads, _after_a_round_trip_of_the_weights, _in_another_process]
 )
@@ -161,14 +169,6 @@ def _compiled(codec: Codec) -> Iterator[Codec]:
         pytest.param(_compiled, marks=pytest.mark.slow),
     ],
 )
-def test_latents_have_all_channels_at_every_quality(codec: Codec, photos: dict[str, RGBImage]) -> None:
-    for quality in (1.0, 8.0):
-        (y_hat,) = codec.latents(codec.decompress([codec.encode(photos["coffee"][:70, :100], quality)]))
-        used = codec.model.config.num_channels(round((quality - 1) * Q_STEPS))
-        assert y_hat.shape == (codec.model.config.M, 5, 7)
-        assert y_hat[:used].abs().sum() > 0 and not y_hat[used:].any()
-
-
 def test_encoded_one_way_decodes_the_other_way(
     codec: Codec, images: list[RGBImage], coded: Coded, another_way: Callable[[Codec], AbstractContextManager[Codec]]
 ) -> None:
