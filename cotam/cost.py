@@ -15,7 +15,7 @@ from cotam.store.fs import Root
 from cotam.store.records import Completion
 from cotam.store.shard import read_rows
 
-GB = 2**30  # bytes, as S3 bills them
+GIB = 2**30  # bytes: the GB that S3 bills
 _DECODED_IMAGES = 32
 _DECODED_PIXELS = 2**25
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "E": 10**18}
@@ -53,8 +53,8 @@ class Prices:
     """Prices in any one currency; the defaults are examples, in dollars.
 
     Attributes:
-        storage, archive: of a GB for a month, and where the originals are kept beside the bitstreams, if they are.
-        egress: of reading a GB.
+        storage, archive: of a GiB for a month, and where the originals are kept beside the bitstreams, if they are.
+        egress: of reading a GiB.
         worker_hour, cpu_hour: of a worker that encodes, and of a CPU that decodes.
 
     Raises:
@@ -105,7 +105,7 @@ def costs(corpus: Corpus, prices: Prices, reads_per_month: float = 1.0) -> Costs
     """
     if not 0 <= reads_per_month < float("inf"):
         raise ValueError(f"reads_per_month {reads_per_month} is no number of times")
-    source_gb, stored_gb = corpus.source_num_bytes / GB, corpus.stored_num_bytes / GB
+    source_gb, stored_gb = corpus.source_num_bytes / GIB, corpus.stored_num_bytes / GIB
     bitstreams = {
         "storage": prices.storage * stored_gb,
         "reading": prices.egress * reads_per_month * stored_gb,

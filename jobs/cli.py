@@ -36,6 +36,8 @@ app = typer.Typer(
 )
 _USAGE_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, FileExistsError)
 
+_TYPER_INTERRUPTED = 130
+
 for command in (encode, decode, infer, sweep, cost, status, verify, inspect, sceneqa, demo, submit):
     app.command()(command)
 app.add_typer(train_app, name="train")
@@ -65,6 +67,8 @@ def _run() -> int:
     sys.argv[:] = [a for a in sys.argv if a != "--debug"]
     try:
         result = app(standalone_mode=False)
+        if result == _TYPER_INTERRUPTED:
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else EXIT_OK
     except Incomplete as error:
         warn(f"cotam: {redact(str(error))}")

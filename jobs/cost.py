@@ -20,11 +20,11 @@ def cost(
     ] = None,
     reads_per_month: Annotated[float, typer.Option(help="How often all of it is read and decoded.", min=0)] = 1.0,
     months: Annotated[float, typer.Option(help="Over how many months to add up.", min=0.01)] = 12.0,
-    storage: Annotated[float, typer.Option(help="Price of a GB for a month.")] = 0.023,
+    storage: Annotated[float, typer.Option(help="Price of a GiB for a month.")] = 0.023,
     archive: Annotated[
-        float | None, typer.Option(help="Price of a GB for a month where the originals are kept on. Default: deleted.")
+        float | None, typer.Option(help="Price of a GiB for a month where the originals are kept on. Default: deleted.")
     ] = None,
-    egress: Annotated[float, typer.Option(help="Price of reading a GB.")] = 0.0,
+    egress: Annotated[float, typer.Option(help="Price of reading a GiB.")] = 0.0,
     worker_hour: Annotated[float, typer.Option(help="Price of an hour of a worker that encodes.")] = 0.045,
     cpu_hour: Annotated[float, typer.Option(help="Price of an hour of a CPU that decodes.")] = 0.045,
     report: Annotated[Path | None, typer.Option(help="Write a page with a plot to this file.")] = None,

@@ -30,12 +30,15 @@ def decode(
 ) -> None:
     """Decode shards to image files with their captions and other members beside them."""
     from cotam.store.records import RunStore
+    from jobs.console import warn
     from jobs.run import run_job
     from pipelines.cluster import Resources
     from pipelines.decode import DecodeConfig, DecodeTask, list_shards
 
     source = RunStore(src)
     shards = list_shards(source)
+    if (unfinished := source.unfinished_job()) is not None:
+        warn(unfinished)
     made_with = source.manifest()["config"]
     config = DecodeConfig(
         model=model or made_with["model"],

@@ -73,6 +73,10 @@ def encode(
         from cotam.importance.tower import AttentionTower
 
         clip_sha256 = AttentionTower.load(attention).fingerprint()
+    if importance == "none":  # what is not used is no part of the run
+        if keep_importance:
+            raise typer.BadParameter("--keep-importance needs --importance clip or member:NAME")
+        attention, strength = Attention(), DEFAULT_STRENGTH
     partitions = list_partitions(src, image_column)
     config = EncodeConfig(
         model=model, model_sha256=loaded.sha256, quality=quality, max_pixels=max_pixels, keep_rejects=keep_rejects,

@@ -54,10 +54,12 @@ def infer(
     """Ask an MLLM about decoded images; writes predictions as Parquet, and metrics.json."""
     from cotam.mllm.backend import MllmConfig
     from cotam.mllm.identity import check_mllm
+    from cotam.store.ids import each
     from cotam.store.records import RunStore
+    from cotam.store.shard import read_keys
     from cotam.tasks.questions import QuestionSource, task_sha256
     from cotam.tasks.results import read_predictions, summarise
-    from jobs.console import Incomplete, print_json
+    from jobs.console import Incomplete, print_json, warn
     from jobs.run import run_job
     from pipelines.cluster import Resources
     from pipelines.decode import list_shards
@@ -70,11 +72,14 @@ def infer(
         name=mllm, served_model=served_model, prompt=prompt, max_new_tokens=max_new_tokens, batch_size=batch_size,
         adapter=adapter if input_kind == "tokens" else "",
     )  # fmt: skip
-    num_in_task = QuestionSource(task).num_questions  # a bad file is better told now than by every worker
+    if QuestionSource(task).num_questions == 0:  # and a bad file is better told now than by every worker
+        raise typer.BadParameter(f"--task {task} has no questions")
     source = RunStore(src)
     made_with: dict[str, Any] = {}
     if source.root.exists("_cotam/manifest.json"):
         partitions, made_with = list_shards(source), source.manifest()["config"]
+        if (unfinished := source.unfinished_job()) is not None:
+            warn(unfinished)
     else:
         partitions = list_partitions(src, image_column)
         if input_kind == "tokens":
@@ -103,22 +108,23 @@ def infer(
         ids = {p.partition_id for p in partitions}
         paths = [record.data for record in store.completions() if record.partition_id in ids]
         metrics = summarise(partial(read_predictions, store.root, paths), metric)
-        metrics["num_not_asked"] = max(0, num_in_task - metrics["num_questions"]) if num_in_task is not None else 0
+        not_asked = QuestionSource(task).left_out(key for p in paths for key in each(read_keys(store.root, p)))
+        metrics["num_not_asked"] = sum(not_asked.values())
         store.root.write_json("metrics.json", metrics)
     if as_json:
         print_json(metrics)
-    else:
-        _print_metrics(metrics)
+    elif metrics["num_questions"]:
+        _print_metrics(metrics, list(not_asked))
     if incomplete is not None:
         raise incomplete
+    if not metrics["num_questions"]:
+        why = f"no key of {src} is in {task}" if not_asked else f"no image of {src} has questions in {task}"
+        raise Incomplete(f"nothing was asked: {why}, or all are rejects, which `cotam inspect {dst} --rejects` lists")
 
 
-def _print_metrics(metrics: dict[str, Any]) -> None:
+def _print_metrics(metrics: dict[str, Any], keys_not_asked: list[str]) -> None:
     from jobs.console import say
 
-    if not metrics["num_questions"]:
-        say("No questions: no key of SRC is in the task.")
-        return
     say(f"{metrics['num_questions']} questions about {metrics['num_images']} images, {metrics['bpp']:.3f} bpp.")
     for name, result in (("overall", metrics["overall"]), *metrics["by_level"].items(), *metrics["by_type"].items()):
         low, high = result["ci95"]
@@ -126,7 +132,7 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
         asked = f"{result['num_questions']} questions{blind}"
         say(f"  {name:10} {result['score']:6.1%}  ({low:.1%} to {high:.1%}, {asked})")
     if metrics["num_not_asked"]:
-        num = metrics["num_not_asked"]
-        say(f"{num} questions of the task are not counted: about no image of SRC, a reject, or a failed partition.")
+        num, shown = metrics["num_not_asked"], ", ".join(map(repr, keys_not_asked[:3]))
+        say(f"{num} questions are not counted: their images, such as {shown}, are not there, rejects, or in failed partitions.")
     if metrics["num_errors"]:
         say(f"{metrics['num_errors']} questions have no answer; the column `error` says why.")

@@ -37,12 +37,14 @@ def run_job(
     log = LogConfig.from_environment()
     log.start_in_driver()
     num_pending = len(partitions.without(store.completed_ids()))
+    store.note_job(len(partitions), has_ended=False)
     if num_pending:
         init_ray(ray_address)
     uri = store.root.uri
     log_event(_log, logging.INFO, "run_started", store=uri, partitions=len(partitions), partitions_pending=num_pending)
     with partition_progress(num_pending, "partitions", quiet=quiet or not num_pending) as update:
         summary = run_partitions(partial(_logged, log, make_task), partitions, store, resources, update)
+    store.note_job(len(partitions), has_ended=True)
     sums = {name: value for name, value in dataclasses.asdict(summary).items() if name != "failures"}
     log_event(_log, logging.INFO, "run_finished", store=uri, **sums, bpp=summary.bpp)
     if not with_summary:
@@ -82,6 +84,8 @@ def _print_summary(summary: JobSummary, uri: str) -> None:
             " still are may be in two shards."
         )
     say(f"{summary.num_images} images: {summary.num_rows} rows, {summary.num_rejects} rejects.")
+    if summary.num_rejects:
+        say(f"`cotam inspect {uri} --rejects` lists what was rejected, and why.")
     if summary.num_rows:
         before, after = summary.source_num_bytes, max(1, summary.bitstream_num_bytes)
         change = (

@@ -8,6 +8,7 @@ from jobs.options import Json, Store
 from jobs.storage import StorageOptions
 
 _MAX_SHOWN = 20
+_OF_IMPORTANCE = ("attention", "clip_sha256", "strength", "keep_importance")
 _SUMS = ("num_images", "num_rows", "num_rejects", "num_pixels", "source_num_bytes", "bitstream_num_bytes")
 
 
@@ -23,12 +24,17 @@ def status(dst: Store, storage_options: StorageOptions = None, as_json: Json = F
             total[name] += getattr(record, name)
     bpp = 8 * total["bitstream_num_bytes"] / total["num_pixels"] if total["num_pixels"] else None
     if as_json:
-        counts = {"num_partitions": num_partitions, "num_failed": len(failures)}
+        is_finished = store.unfinished_job() is None
+        counts = {"is_finished": is_finished, "num_partitions": num_partitions, "num_failed": len(failures)}
         print_json({"manifest": manifest, **counts, "failures": failures, "bpp": bpp, **total})
         return
     say(f"{manifest['kind']} of {', '.join(manifest['sources'])}")
-    say("  with " + ", ".join(f"{k} {v}" for k, v in manifest["config"].items() if k != "model_sha256"))
+    config = manifest["config"]
+    unused = _OF_IMPORTANCE if config.get("importance") == "none" else ()
+    say("  with " + ", ".join(f"{k} {v}" for k, v in config.items() if k not in ("model_sha256", *unused)))
     say(f"{num_partitions} partitions finished, {len(failures)} failed")
+    if (unfinished := store.unfinished_job()) is not None:
+        say(unfinished)
     say(f"{total['num_images']} images: {total['num_rows']} rows, {total['num_rejects']} rejects")
     if bpp is not None:
         say(f"{megabytes(total['source_num_bytes'])} -> {megabytes(total['bitstream_num_bytes'])}, {bpp:.3f} bpp")

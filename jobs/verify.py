@@ -29,7 +29,7 @@ def verify(
     store = RunStore(dst)
     config = store.manifest_of("encode")["config"]
     codec = Codec.load(config["model"], max_pixels=config["max_pixels"]) if decode else None
-    problems = verify_store(store)
+    problems = [*filter(None, [store.unfinished_job()]), *verify_store(store)]
     num_shards, num_rows = len(store.completed_ids()), 0
     console = Console(stderr=True, quiet=as_json or not sys.stderr.isatty())
     for record in track(store.completions(), "verifying", total=num_shards, console=console):
@@ -46,5 +46,6 @@ def verify(
             say(f"{num_shards} shards, {num_rows} rows: hashes and counts are right, {decoded}.")
     if problems:
         raise Incomplete(
-            f"{len(problems)} problems in {dst}; delete the completion records of those shards and encode again"
+            f"{len(problems)} problems in {dst}; where a shard is damaged, delete its record in {dst}/_cotam/completed,"
+            " and run the same `cotam encode` again"
         )

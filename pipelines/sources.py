@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,8 @@ PARQUET_PARTITION_BYTES = 128 * 2**20
 # Images that tars name otherwise, or that are not read: each of those becomes a reject instead of being passed over.
 _OTHER_EXTENSIONS = ("jpe", "pgm", "pnm", "pbm", "heic", "heif", "jp2", "jxl")
 # Folders in which other programs keep their books. Names of cameras' images start with "_", too.
+_log = logging.getLogger(__name__)
+_MAX_LEFT_OUT = 8  # extensions that are named
 _BOOKS = ("_temporary", "_delta_log", "_spark_metadata")
 
 _Footer = Future[pq.FileMetaData]
@@ -125,6 +128,7 @@ def _list_folder(fs: AbstractFileSystem, path: str, uri: str, wanted: str | None
     stores: set[str] = set()  # folders below this one that hold the output of a job
     images: list[tuple[str, int, str]] = []
     found_images = False
+    left_out: Counter[str] = Counter()  # files by extension
     for file, footer in _with_footers(fs, find_files(fs, path)):
         name = _relative(file.name, path)
         folders = name.split("/")[:-1]
@@ -140,6 +144,8 @@ def _list_folder(fs: AbstractFileSystem, path: str, uri: str, wanted: str | None
         elif name.lower().rsplit(".", 1)[-1] in (*IMAGE_EXTENSIONS, *_OTHER_EXTENSIONS):
             images.append((name, file.num_bytes, file.version))
             found_images = True
+        else:
+            left_out[PurePosixPath(name).suffix or "without an extension"] += 1
         if found and found_images:
             raise SourceError(
                 f"{uri} holds images beside tars or Parquet files; name the one or the other, as in {uri}/*.tar"
@@ -149,7 +155,12 @@ def _list_folder(fs: AbstractFileSystem, path: str, uri: str, wanted: str | None
             images = []
     if images:
         yield _image_partition(fs, path, images)
+    if left_out:
+        counts = ", ".join(f"{num} {suffix}" for suffix, num in left_out.most_common(_MAX_LEFT_OUT))
+        _log.warning("left out of %s: %s", uri, counts)
     if not (found or found_images):
+        if stores:
+            raise SourceError(f"{uri} is the output of a job; name its data, as in {uri}/data, or its source")
         raise SourceError(
             f"no tar, Parquet or image file in {uri}; looked for .tar, .parquet, .{', .'.join(IMAGE_EXTENSIONS)}"
         )

@@ -74,6 +74,8 @@ class MllmConfig:
 
     def __post_init__(self) -> None:
         refuse_credentials(self.name)
+        if self.is_served and not self.served_model:
+            raise ValueError(f"name the model that {self.name} serves with --served-model")
         if "{question}" not in self.prompt:
             raise ValueError("the prompt has no {question} in it")
 

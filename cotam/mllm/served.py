@@ -33,8 +33,6 @@ class ServedMllm:
     """
 
     def __init__(self, config: MllmConfig) -> None:
-        if not config.served_model:
-            raise ValueError(f"name the model that {config.name} serves with --served-model")
         self.config = config
         self._key = os.environ.get("OPENAI_API_KEY", "")
         self._client = openai.OpenAI(

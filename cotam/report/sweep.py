@@ -92,11 +92,11 @@ def _by_part(title: str, parts: Mapping[str, Any]) -> list[str]:
         return []
     num_rows = -(-len(shown) // 3)
     figure = Figure(figsize=(11, 3.6 * num_rows), layout="constrained")
-    grid = figure.subplots(num_rows, 3, squeeze=False).flat
+    grid = list(figure.subplots(num_rows, 3, squeeze=False).flat)
     for axes, (name, part) in zip(grid, shown, strict=False):
         _plot(axes, part["curves"], part["original"], "score")
         axes.set_title(name.replace("$", r"\$"), fontsize=10)  # else a formula
-    for axes in list(grid)[len(shown) :]:
+    for axes in grid[len(shown) :]:
         axes.set_axis_off()
     left_out = f"<p>And {len(parts) - len(shown)} more, in results.json.</p>" if len(parts) > len(shown) else ""
     return [f"<h3>{title}</h3>", plot(figure, f"Score against bits per pixel: {title.lower()}"), left_out]

@@ -25,6 +25,7 @@ from cotam.store.ids import difference, each, ids_of, in_order
 
 MANIFEST = "_cotam/manifest.json"
 _LOCK = "_cotam/lock.json"
+_JOB = "_cotam/job.json"
 _CLAIM = "_cotam/takeover.json"
 _HEARTBEAT_S = 20.0
 _STALE_S = 90.0
@@ -96,8 +97,10 @@ class RunStore:
             The configuration's hash.
 
         Raises:
-            StoreError: the store was made by another kind of run or with another configuration.
+            StoreError: the store was made by another kind of run or with another configuration, or is the source.
         """
+        if self.root.uri in (Root(source).uri for source in sources):
+            raise StoreError(f"{self.root.uri} is SRC; choose another DST")
         fresh = {
             "kind": kind,
             "config": config,
@@ -109,6 +112,8 @@ class RunStore:
         try:
             known = self.manifest()
         except FileNotFoundError:
+            known = None
+        if known is None or not self._is_begun():
             self.root.write_json(MANIFEST, fresh)
             return str(fresh["config_hash"])
         if known["kind"] != kind:
@@ -122,6 +127,24 @@ class RunStore:
         if merged != known["sources"]:
             self.root.write_json(MANIFEST, {**known, "sources": merged})
         return str(known["config_hash"])
+
+    def _is_begun(self) -> bool:
+        """Whether any partition has been begun: a job that was refused, for what the cluster lacks, leaves nothing."""
+        return any(next(self.root.list(f"_cotam/{f}"), None) for f in ("completed", "attempts", "failed"))
+
+    def note_job(self, num_partitions: int, has_ended: bool) -> None:
+        """Record that a job on so many partitions has begun, or that it has come to its end."""
+        self.root.write_json(_JOB, {"num_partitions": num_partitions, "has_ended": has_ended})
+
+    def unfinished_job(self) -> str | None:
+        """What to tell people of a store whose last job was stopped, or is running; None where it came to its end."""
+        job = next(self.root.read_jsons([_JOB], may_be_gone=True))
+        if not isinstance(job, dict) or job.get("has_ended", True):
+            return None
+        return (
+            f"the last job on {self.root.uri}, over {job.get('num_partitions')} partitions, was stopped or is running:"
+            " the same command goes on"
+        )
 
     def manifest(self) -> dict[str, Any]:
         """The manifest. Raises FileNotFoundError where there is none, StoreError where it is none of a run."""

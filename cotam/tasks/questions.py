@@ -65,6 +65,14 @@ class QuestionSource:
         return [] if value is None else questions_of_member(key, value)
 
 
+    def left_out(self, keys: Iterable[str]) -> dict[str, int]:
+        """Of a file, how many questions are about each image that is none of ``keys``."""
+        left = {key: len(questions) for key, questions in self._by_key.items()}
+        for key in keys:
+            left.pop(key, None)
+        return left
+
+
 def task_sha256(task: str) -> str | None:
     """The sha256 of a question file; None for a task whose questions come with the samples. Raises OSError."""
     if task == "sceneqa" or task.startswith("member:"):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import braceexpand
 import numpy as np
@@ -121,8 +123,21 @@ def _go_on(error: Exception) -> bool:
 
 
 def expand_urls(urls: Sequence[str]) -> list[str]:
-    """WebDataset expands braces in a single string only, not in a list."""
-    return [url for pattern in urls for url in braceexpand.braceexpand(pattern)]
+    """Braces, which WebDataset expands in a single string only, and on this machine globs.
+
+    Raises:
+        ValueError: a file of this machine that is not there, or a glob that matches none.
+    """
+    found: list[str] = []
+    for url in (url for pattern in urls for url in braceexpand.braceexpand(pattern)):
+        if "://" in url or url.startswith("pipe:"):
+            found.append(url)
+            continue
+        files = sorted(glob.glob(url)) if glob.has_magic(url) else [url] if Path(url).exists() else []
+        if not files:
+            raise ValueError(f"no training tar {url}")
+        found += files
+    return found
 
 
 def decode_rgb(data: bytes, scale: Callable[[int], float] | None = None) -> RGBImage | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cotam.cost import GB, Corpus, Prices, costs, parse_num_bytes
+from cotam.cost import GIB, Corpus, Prices, costs, parse_num_bytes
 from cotam.report.cost import cost_summary
 from cotam.store.records import RunStore
 from jobs.cost import cost
@@ -15,7 +15,7 @@ from tests.corpus import write_webdataset
 from tests.jobs.test_cli import cotam
 
 CORPUS = Corpus(
-    num_images=1000, num_pixels=1e9, source_num_bytes=100 * GB, stored_num_bytes=10 * GB, encode_s=7200, decode_s=3600
+    num_images=1000, num_pixels=1e9, source_num_bytes=100 * GIB, stored_num_bytes=10 * GIB, encode_s=7200, decode_s=3600
 )  # fmt: skip
 PRICES = Prices(storage=0.02, egress=0.05, worker_hour=3.0, cpu_hour=0.5)
 
@@ -29,7 +29,7 @@ def test_amounts() -> None:
     assert result.total(10) == pytest.approx((120, 6 + 22))
     kept = costs(CORPUS, Prices(storage=0.02, archive=0.001), reads_per_month=0)
     assert kept.bitstreams == pytest.approx({"storage": 0.2, "reading": 0, "decoding": 0, "originals": 0.1})
-    ten = costs(CORPUS.scaled_to(1000 * GB), PRICES, reads_per_month=2)
+    ten = costs(CORPUS.scaled_to(1000 * GIB), PRICES, reads_per_month=2)
     assert ten.once == pytest.approx(60) and ten.total(1) == pytest.approx([10 * a for a in result.total(1)])
 
 

@@ -292,7 +292,6 @@ def test_a_text_begins_once_whatever_the_chat_template_has(
 def test_what_cannot_be_says_so(tiny: TinyModels) -> None:
     for config, message in (
         (MllmConfig(name="vllm:some/model"), "vLLM is not installed"),
-        (MllmConfig(name="http://localhost/v1"), "--served-model"),
         (MllmConfig(name="http://localhost/v1", served_model="x", adapter="y"), "--input pixels"),
         (MllmConfig(name=tiny.clip), "cannot load MLLM"),
         (MllmConfig(adapter=tiny.adapter), "trained for"),
@@ -301,6 +300,8 @@ def test_what_cannot_be_says_so(tiny: TinyModels) -> None:
             load_mllm(config, codec_sha256="f" * 64)
     with pytest.raises(FileNotFoundError, match="packaged: cotam-clip-tiny, cotam-vlm-tiny"):
         load_mllm(MllmConfig(name="no-such-folder"))
+    with pytest.raises(ValueError, match="--served-model"):
+        MllmConfig(name="http://localhost/v1")
     with pytest.raises(ValueError, match="question"):
         MllmConfig(prompt="What is this?")
     assert "secret" not in json.dumps(MllmConfig().__dict__)

@@ -51,13 +51,26 @@ def test_members_that_show_up_late_get_a_column(tmp_path: Path, monkeypatch: pyt
 
 def test_config_change_is_refused_with_what_changed(tmp_path: Path) -> None:
     store = RunStore(str(tmp_path))
-    store.open_run("encode", {"quality": 4.0, "model": "m"}, ["a"])
+    store.open_run("decode", {"quality": 3.0}, ["a"])
+    store.open_run("encode", {"quality": 4.0, "model": "m"}, ["a"])  # nothing has been made yet
+    store.count_attempt("p-000000000000")
     store.open_run("encode", {"quality": 4.0, "model": "m"}, ["b"])
     assert store.manifest()["sources"] == ["a", "b"]
     with pytest.raises(StoreError, match=r"made with quality=4.0"):
         store.open_run("encode", {"quality": 5.0, "model": "m"}, ["a"])
     with pytest.raises(StoreError, match="cotam encode"):
         store.open_run("decode", {"quality": 4.0, "model": "m"}, ["a"])
+    with pytest.raises(StoreError, match="is SRC"):
+        store.open_run("encode", {"quality": 4.0, "model": "m"}, [str(tmp_path)])
+
+
+def test_a_job_that_was_stopped_can_be_told(tmp_path: Path) -> None:
+    store = RunStore(str(tmp_path))
+    assert store.unfinished_job() is None  # of an earlier version, or none
+    store.note_job(4, has_ended=False)
+    assert "over 4 partitions, was stopped or is running" in str(store.unfinished_job())
+    store.note_job(4, has_ended=True)
+    assert store.unfinished_job() is None
 
 
 def test_two_jobs_on_one_store_are_refused_and_a_dead_one_is_not(tmp_path: Path) -> None:
@@ -123,6 +136,7 @@ def test_of_jobs_that_start_at_once_one_gets_the_store(tmp_path: Path) -> None:
 def test_options_that_came_later_do_not_change_a_run(tmp_path: Path) -> None:
     store = RunStore(str(tmp_path))
     first = store.open_run("encode", {"quality": 4.0}, ["a"])
+    store.count_attempt("p-000000000000")
     assert store.open_run("encode", {"quality": 4.0, "image_column": None}, ["a"]) == first
     with pytest.raises(StoreError, match=r"made with image_column=None"):
         store.open_run("encode", {"quality": 4.0, "image_column": "mask"}, ["a"])
