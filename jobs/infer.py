@@ -132,7 +132,7 @@ def _print_metrics(metrics: dict[str, Any], keys_not_asked: list[str]) -> None:
         asked = f"{result['num_questions']} questions{blind}"
         say(f"  {name:10} {result['score']:6.1%}  ({low:.1%} to {high:.1%}, {asked})")
     if metrics["num_not_asked"]:
-        num, shown = metrics["num_not_asked"], ", ".join(map(repr, keys_not_asked[:3]))
-        say(f"{num} questions are not counted: their images, such as {shown}, are not there, rejects, or in failed partitions.")
+        shown = ", ".join(map(repr, keys_not_asked[:3]))
+        say(f"{metrics['num_not_asked']} questions are not counted, as there are no decoded images for them: {shown}.")
     if metrics["num_errors"]:
         say(f"{metrics['num_errors']} questions have no answer; the column `error` says why.")

@@ -64,7 +64,6 @@ class QuestionSource:
         value = members.get(self._member)
         return [] if value is None else questions_of_member(key, value)
 
-
     def left_out(self, keys: Iterable[str]) -> dict[str, int]:
         """Of a file, how many questions are about each image that is none of ``keys``."""
         left = {key: len(questions) for key, questions in self._by_key.items()}
