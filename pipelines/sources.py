@@ -155,7 +155,7 @@ def _list_folder(fs: AbstractFileSystem, path: str, uri: str, wanted: str | None
             images = []
     if images:
         yield _image_partition(fs, path, images)
-    if left_out:
+    if left_out and found_images:  # captions, perhaps; beside tars there may be anything
         counts = ", ".join(f"{num} {suffix}" for suffix, num in left_out.most_common(_MAX_LEFT_OUT))
         _log.warning("left out of %s: %s", uri, counts)
     if not (found or found_images):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import pyarrow.dataset as ds
@@ -82,6 +83,29 @@ def test_kill_9_in_the_middle_then_the_same_command(tmp_path: Path) -> None:
     assert damaged.returncode == 3 and shard.name in damaged.stdout
     assert json.loads(cotam("status", str(dst), "--json").stdout)["num_rows"] == 72
     assert "00000" in cotam("inspect", str(dst), "--limit", "1").stdout
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_job_that_is_stopped_says_how_it_goes_on_and_is_not_taken_for_finished(
+    tmp_path: Path, stop: signal.Signals
+) -> None:
+    write_webdataset(tmp_path / "in", 4, 12, width=384, height=256)
+    dst = tmp_path / "out"
+    driver = subprocess.Popen(
+        [*COTAM, "encode", f"{tmp_path}/in", str(dst), "--quiet", "--num-workers", "1"],
+        env=ENVIRONMENT, start_new_session=True, stderr=subprocess.PIPE, text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # as in a terminal, whoever runs the tests
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(dst.glob("_cotam/attempts/*.json")):
+        assert time.monotonic() < deadline and driver.poll() is None
+        time.sleep(0.05)
+    driver.send_signal(stop)
+    _, errors = driver.communicate(timeout=60)
+    assert driver.returncode == 1 and errors == "cotam: interrupted; the same command goes on where it stopped\n"
+    assert not (dst / "_cotam/lock.json").exists()
+    assert json.loads(cotam("status", str(dst), "--json").stdout)["is_finished"] is False
+    assert cotam("verify", str(dst)).returncode == 3
 
 
 def test_a_cluster_that_died_on_this_machine_is_in_nobodys_way(tmp_path: Path) -> None:

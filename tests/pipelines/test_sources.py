@@ -44,7 +44,9 @@ def test_a_changed_tar_is_a_new_partition(tmp_path: Path) -> None:
     assert before[1].partition_id != after[1].partition_id
 
 
-def test_folders_of_images_are_cut_into_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_of_images_are_cut_into_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(sources, "_ends_partition", lambda num_images, last: num_images == 2)
     image = to_bytes(photograph(0))
     names = ["a/3.jpg", "a/1.PNG", "b.webp", ".hidden/x.jpg", "notes.txt"]
@@ -52,6 +54,7 @@ def test_folders_of_images_are_cut_into_runs(tmp_path: Path, monkeypatch: pytest
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(image)
     assert [p.paths for p in list_partitions(str(tmp_path))] == [("a/1.PNG", "a/3.jpg"), ("b.webp",)]
+    assert f"left out of {tmp_path}: 1 .txt" in caplog.text
 
 
 def test_links_to_themselves_and_upwards_stop_nothing(tmp_path: Path) -> None:
