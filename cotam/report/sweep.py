@@ -91,13 +91,14 @@ def _by_part(title: str, parts: Mapping[str, Any]) -> list[str]:
     if not shown:
         return []
     num_rows = -(-len(shown) // 3)
-    figure = Figure(figsize=(11, 3.6 * num_rows), layout="constrained")
+    figure = Figure(figsize=(11, 3.6 * num_rows + 0.4), layout="constrained")
     grid = list(figure.subplots(num_rows, 3, squeeze=False).flat)
     for axes, (name, part) in zip(grid, shown, strict=False):
         _plot(axes, part["curves"], part["original"], "score")
         axes.set_title(name.replace("$", r"\$"), fontsize=10)  # else a formula
     for axes in grid[len(shown) :]:
         axes.set_axis_off()
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     left_out = f"<p>And {len(parts) - len(shown)} more, in results.json.</p>" if len(parts) > len(shown) else ""
     return [f"<h3>{title}</h3>", plot(figure, f"Score against bits per pixel: {title.lower()}"), left_out]
 
