@@ -92,6 +92,9 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> SourceImage:
 
 def num_pixels_of(data: bytes) -> int:
     """Pixels of an image by its header, which is not believed where it matters; 0 where there is none."""
+    width, height = _webp_size(data)
+    if width * height:
+        return width * height
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return image.width * image.height

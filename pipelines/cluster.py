@@ -66,11 +66,7 @@ def init_ray(address: str | None = None, num_cpus: int | None = None) -> None:
         ray.init(**({"address": cluster} if cluster else local), log_to_driver=False, logging_level=logging.ERROR)
     if threading.current_thread() is threading.main_thread():
         # Ray's own handler ends the driver in the middle of whatever it does, with a dump of its stack.
-        signal.signal(signal.SIGTERM, _interrupt)
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def pool_size(resources: Resources, num_partitions: int, at_most: bool = False) -> int:

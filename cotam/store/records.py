@@ -279,7 +279,7 @@ class RunStore:
                     self.root.write_json(_LOCK, {**owner, "heartbeat": time.time()})
 
         thread = threading.Thread(target=beat, daemon=True, name="cotam-lock")
-        handler = signal.signal(_INTERRUPT, _interrupt) if is_main else None
+        handler = signal.signal(_INTERRUPT, signal.default_int_handler) if is_main else None
         thread.start()
         try:
             yield
@@ -390,10 +390,6 @@ def check_manifest(values: Any, where: str) -> dict[str, Any]:
 def _failure(values: Any, partition_id: str) -> dict[str, str]:
     known = values if isinstance(values, dict) else {}
     return {"partition_id": partition_id, **{name: str(known.get(name, "unknown")) for name in ("source", "error")}}
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _pid_space() -> str:

@@ -17,7 +17,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from cotam.image import MAX_PIXELS, ImageError, RGBImage, decode_image, encode_image
+from cotam.image import MAX_PIXELS, ImageError, RGBImage, decode_image, encode_image, num_pixels_of
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -190,6 +190,16 @@ def test_a_jpeg_of_endless_scans_is_refused_before_it_is_decoded() -> None:
     bomb = data[:-2] + data[at : at + length] * 2000 + data[-2:]
     with pytest.raises(ImageError, match="scans"):
         decode_image(bomb)
+
+
+def test_pixels_are_counted_by_the_header_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.new("RGB", (40, 30))
+    for format in ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "GIF", "BMP"):
+        assert num_pixels_of(_save(image, format)) == 1200
+    assert num_pixels_of(b"") == num_pixels_of(b"RIFF....WEBP") == num_pixels_of(b"<html>") == 0
+    webp = _save(image, "WEBP")
+    monkeypatch.setattr(Image, "open", None)  # Pillow takes memory for all of a WebP when it opens one
+    assert num_pixels_of(webp) == 1200
 
 
 def test_too_little_memory_is_no_fault_of_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
