@@ -1,19 +1,14 @@
-"""What a run leaves behind besides data: its manifest, completion and failure records, attempts, and its lock."""
+"""What a run leaves behind besides data: its manifest, completion and failure records, and attempts."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import re
-import signal
-import socket
-import threading
 import time
-import uuid
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -22,19 +17,11 @@ from cotam.config import config_hash
 from cotam.credentials import redact
 from cotam.store.fs import Root
 from cotam.store.ids import difference, each, ids_of, in_order
+from cotam.store.lock import StoreError, store_lock
 
 MANIFEST = "_cotam/manifest.json"
-_LOCK = "_cotam/lock.json"
 _JOB = "_cotam/job.json"
-_CLAIM = "_cotam/takeover.json"
-_HEARTBEAT_S = 20.0
-_STALE_S = 90.0
-_INTERRUPT = signal.SIGUSR2  # as Ctrl-C, whose own signal is ignored by what a script runs in the background
 _PACKAGES = ("cotam", "torch", "ray", "pyarrow", "numpy", "numba", "pillow")
-
-
-class StoreError(ValueError):
-    """A store that does not fit what is asked of it; the message says what to do."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -244,110 +231,9 @@ class RunStore:
     def _ids(self, folder: str) -> pa.ChunkedArray:
         return ids_of(name.removesuffix(".json") for name in self.root.list(f"_cotam/{folder}"))
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the store for one job; a lock whose process is gone or whose heartbeat stopped is taken over.
-
-        A job in the main thread that was taken over, after a standstill for one, is interrupted.
-
-        Raises:
-            StoreError: another job works on this store, or has taken it over.
-        """
-        token = uuid.uuid4().hex
-        owner = {
-            "token": token,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "pids": _pid_space(),
-            "started": _started(os.getpid()),
-        }
-        self._take_lock({**owner, "heartbeat": time.time()})
-        if (held := self._read_lock()) is None or held["token"] != token:  # of those that started at once
-            raise StoreError(f"another job has just started on {self.root.uri}; wait for it or choose another DST")
-        stop, lost = threading.Event(), threading.Event()
-        is_main = threading.current_thread() is threading.main_thread()
-        this_thread = threading.get_ident()
-
-        def beat() -> None:
-            while not stop.wait(_HEARTBEAT_S):
-                with contextlib.suppress(Exception):  # a missed beat is made up for by the next
-                    if self._is_locked_by_another(token):
-                        lost.set()
-                        if is_main:  # interrupt_main() would wait until whatever it waits for is over
-                            signal.pthread_kill(this_thread, _INTERRUPT)
-                        return
-                    self.root.write_json(_LOCK, {**owner, "heartbeat": time.time()})
-
-        thread = threading.Thread(target=beat, daemon=True, name="cotam-lock")
-        handler = signal.signal(_INTERRUPT, signal.default_int_handler) if is_main else None
-        thread.start()
-        try:
-            yield
-        except KeyboardInterrupt:
-            if lost.is_set():
-                raise StoreError(f"another job has taken over {self.root.uri}, which this one lost sight of") from None
-            raise
-        finally:
-            stop.set()
-            thread.join()
-            if is_main:
-                signal.signal(_INTERRUPT, handler or signal.SIG_DFL)
-            with contextlib.suppress(OSError):  # it goes stale by itself, and is no reason to fail a finished job
-                if not self._is_locked_by_another(token):
-                    self.root.remove(_LOCK)
-
-    def _is_locked_by_another(self, token: str) -> bool:
-        held = self._read_lock()
-        return held is not None and held["token"] != token
-
-    def _take_lock(self, owner: dict[str, Any]) -> None:
-        """Write the lock where there is none, or one that nobody holds; raise StoreError where somebody does."""
-        held = self._read_lock()
-        if held is not None:
-            self._refuse_if_alive(held)
-        if not self.root.exists(_LOCK):
-            with contextlib.suppress(FileExistsError):
-                self.root.create_json(_LOCK, owner)
-            return
-        try:  # of those who take over one lock, one at a time
-            self.root.create_json(_CLAIM, owner)
-        except FileExistsError:
-            claim = self._read_lock(_CLAIM)
-            if claim is not None and claim["token"] != owner["token"]:
-                if claim["heartbeat"] < time.time() - _STALE_S:  # whoever made it was killed
-                    self.root.remove(_CLAIM)
-                return
-        try:
-            if self._read_lock() == held:
-                self.root.write_json(_LOCK, owner)
-        finally:
-            self.root.remove(_CLAIM)
-
-    def _refuse_if_alive(self, held: dict[str, Any]) -> None:
-        if held["pids"] == _pid_space():
-            # Another container, or a later process, may have the same numbers.
-            alive = _process_exists(held["pid"]) and held.get("started") in (None, _started(held["pid"]))
-        else:
-            alive = 0 <= time.time() - held["heartbeat"] < _STALE_S
-            if not alive:  # or a clock is wrong: then it goes on beating
-                time.sleep(1.5 * _HEARTBEAT_S)
-                later = self._read_lock()
-                alive = later is not None and later != held
-        if alive:
-            raise StoreError(
-                f"another job (process {held['pid']} on {held['host']}) works on {self.root.uri};"
-                " wait for it or stop it"
-            )
-
-    def _read_lock(self, path: str = _LOCK) -> dict[str, Any] | None:
-        """The lock, or None where there is none that a job has written."""
-        try:
-            held = self.root.read_json(path)
-            texts, numbers = (held["token"], held["host"]), (held["pid"], held["heartbeat"])
-            is_lock = all(isinstance(t, str) for t in texts) and all(isinstance(n, int | float) for n in numbers)
-        except (FileNotFoundError, ValueError, TypeError, KeyError):
-            return None
-        return {"pids": "", **held} if is_lock else None
+    def lock(self) -> AbstractContextManager[None]:
+        """Hold the store for one job. Raises StoreError as ``store_lock``."""
+        return store_lock(self.root)
 
 
 def parse_completion(values: Any, partition_id: str, where: str) -> Completion:
@@ -390,33 +276,6 @@ def check_manifest(values: Any, where: str) -> dict[str, Any]:
 def _failure(values: Any, partition_id: str) -> dict[str, str]:
     known = values if isinstance(values, dict) else {}
     return {"partition_id": partition_id, **{name: str(known.get(name, "unknown")) for name in ("source", "error")}}
-
-
-def _pid_space() -> str:
-    """Where a process id means the same process: one start of one kernel, and within that one container."""
-    try:
-        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot_id} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()
-
-
-def _process_exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _started(pid: int) -> str | None:
-    """When a process began, in ticks of the kernel's clock; None where that cannot be told."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return None
 
 
 def _installed(package: str) -> bool:

@@ -26,7 +26,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from cotam.store import records, s3
+from cotam.store import lock, s3
 from cotam.store.fs import Root, is_transient
 from cotam.store.readers import read_partition
 from cotam.store.records import RunStore
@@ -250,7 +250,7 @@ def test_a_server_that_is_away_is_an_oserror_and_the_lock_outlives_it(
 ) -> None:
     retries = {"mode": "standard", "total_max_attempts": 2}
     set_storage_options(json.dumps(proxy.options(retries=retries)))
-    monkeypatch.setattr(records, "_HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(lock, "_HEARTBEAT_S", 0.1)
     store = RunStore("s3://corpus/locked")
     with store.lock():
         proxy.stop()

@@ -16,10 +16,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from cotam.store import records
+from cotam.store import lock
 from cotam.store.fs import Root
 from cotam.store.ids import ids_of
-from cotam.store.records import RunStore, StoreError
+from cotam.store.lock import StoreError
+from cotam.store.records import RunStore
 from cotam.store.schema import Reject, Row
 from cotam.store.shard import RejectWriter, ShardWriter, read_rejects, read_rows
 
@@ -121,7 +122,7 @@ def test_of_jobs_that_start_at_once_one_gets_the_store(tmp_path: Path) -> None:
         for _ in range(20):
             assert sum(jobs.map(job, range(4))) == 1
             assert not list((tmp_path / "_cotam").iterdir())
-        stale = {"token": "t", "host": "h", "pid": 2**22 + 1, "pids": records._pid_space(), "heartbeat": 0}
+        stale = {"token": "t", "host": "h", "pid": 2**22 + 1, "pids": lock._pid_space(), "heartbeat": 0}
         for left in [json.dumps(stale), "{"] * 10:  # of a job that was killed, and of none
             (tmp_path / "_cotam/lock.json").write_text(left)
             assert sum(jobs.map(job, range(4))) <= 1
@@ -145,7 +146,7 @@ def test_options_that_came_later_do_not_change_a_run(tmp_path: Path) -> None:
 def test_a_job_that_lost_its_lock_is_interrupted_and_leaves_it_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records, "_HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(lock, "_HEARTBEAT_S", 0.05)
     store, path = RunStore(str(tmp_path)), tmp_path / "_cotam/lock.json"
     other = {"token": "t", "host": "another-host", "pid": 1, "pids": "there", "heartbeat": time.time()}
     started = time.monotonic()
@@ -163,7 +164,7 @@ def test_a_job_that_lost_its_lock_is_interrupted_and_leaves_it_alone(
 def test_a_lock_that_beats_holds_whatever_its_clock_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skew_s: float
 ) -> None:
-    monkeypatch.setattr(records, "_HEARTBEAT_S", 0.2)
+    monkeypatch.setattr(lock, "_HEARTBEAT_S", 0.2)
     store = RunStore(str(tmp_path))
     held = {"token": "t", "host": "another-host", "pid": 1, "pids": "there"}
     store.root.write_json("_cotam/lock.json", {**held, "heartbeat": time.time() + skew_s})
