@@ -146,6 +146,6 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}"
 
 
-def megabytes(num_bytes: float) -> str:
+def size_text(num_bytes: float) -> str:
     """A size for people."""
-    return f"{num_bytes / 1e6:.1f} MB"
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.1f} kB"

@@ -9,7 +9,7 @@ from functools import partial
 
 from cotam.store.partitions import Partitions
 from cotam.store.records import RunStore
-from jobs.console import Incomplete, megabytes, partition_progress, print_json, say
+from jobs.console import Incomplete, partition_progress, print_json, say, size_text
 from pipelines.cluster import Resources, init_ray
 from pipelines.logs import LogConfig, log_event
 from pipelines.runner import JobSummary, PartitionTask, run_partitions
@@ -92,6 +92,6 @@ def _print_summary(summary: JobSummary, uri: str) -> None:
             f"{before / after:.1f} times smaller" if before >= after else f"{after / max(1, before):.1f} times larger"
         )
         say(
-            f"{megabytes(summary.source_num_bytes)} of source files, {megabytes(summary.bitstream_num_bytes)} of"
+            f"{size_text(summary.source_num_bytes)} of source files, {size_text(summary.bitstream_num_bytes)} of"
             f" bitstreams ({change}), {summary.bpp:.3f} bpp."
         )

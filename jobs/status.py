@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cotam.store.records import RunStore
-from jobs.console import megabytes, print_json, say
+from jobs.console import print_json, say, size_text
 from jobs.options import Json, Store
 from jobs.storage import StorageOptions
 
@@ -37,7 +37,7 @@ def status(dst: Store, storage_options: StorageOptions = None, as_json: Json = F
         say(unfinished)
     say(f"{total['num_images']} images: {total['num_rows']} rows, {total['num_rejects']} rejects")
     if bpp is not None:
-        say(f"{megabytes(total['source_num_bytes'])} -> {megabytes(total['bitstream_num_bytes'])}, {bpp:.3f} bpp")
+        say(f"{size_text(total['source_num_bytes'])} -> {size_text(total['bitstream_num_bytes'])}, {bpp:.3f} bpp")
     if total["num_rejects"]:
         say(f"  `cotam inspect {dst} --rejects` lists what was rejected, and why")
     for failure in failures[:_MAX_SHOWN]:
