@@ -44,7 +44,7 @@ def main() -> None:
     codec = Codec.load()
     mllm = load_mllm(MllmConfig(name=arguments.mllm))
     assert isinstance(mllm, LlavaMllm)
-    adapter = load_adapter(arguments.adapter).model
+    adapter = load_adapter(arguments.adapter)
     estimator = ImportanceEstimator(AttentionTower.load(Attention()))
     images = [render(sample_scene("test", k)) for k in range(arguments.scenes)]
     maps = estimator(images)

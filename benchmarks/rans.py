@@ -25,8 +25,7 @@ from numpy.typing import NDArray
 
 from cotam.codec import Codec
 from cotam.entropy.rans import RansCoder, Segment
-from cotam.entropy.tables import NUM_SCALES, PRECISION_BITS, Tables, build_tables, scales
-from cotam.models.entropy_model import NUM_SKIPPED_SCALES
+from cotam.entropy.tables import NUM_SCALES, NUM_SKIPPED_SCALES, PRECISION_BITS, Tables, build_tables, scales
 
 _QUALITY = 4.0
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from typing import NamedTuple
 
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -61,13 +60,6 @@ class Adapter(nn.Module):
         return tokens
 
 
-class LoadedAdapter(NamedTuple):
-    """An adapter and the sha256 (hex) of the file it came from."""
-
-    model: Adapter
-    sha256: str
-
-
 def tower_sha256(tower: nn.Module) -> str:
     """Identifies an image tower by its weights, in half precision, as they are stored."""
     digest = hashlib.sha256()
@@ -84,7 +76,7 @@ def dump_adapter(model: Adapter) -> bytes:
     return with_sorted_header(save(state, metadata))
 
 
-def load_adapter(name_or_path_or_uri: str) -> LoadedAdapter:
+def load_adapter(name_or_path_or_uri: str) -> Adapter:
     """A packaged adapter by name, or the file at a path or fsspec URI.
 
     Raises:
@@ -100,7 +92,7 @@ def load_adapter(name_or_path_or_uri: str) -> LoadedAdapter:
         model.load_state_dict({name: t.float() for name, t in load(data).items()})
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{name_or_path_or_uri} is not an adapter: {error}") from None
-    return LoadedAdapter(model.eval().requires_grad_(False), hashlib.sha256(data).hexdigest())
+    return model.eval().requires_grad_(False)
 
 
 def check_fit(adapter: Adapter, codec_sha256: str, tower_sha256: str) -> None:

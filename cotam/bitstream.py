@@ -48,11 +48,6 @@ class Bitstream(NamedTuple):
     map_code: int | None
     string: bytes
 
-    @property
-    def num_pixels(self) -> int:
-        """Pixels of the original image."""
-        return self.width * self.height
-
 
 def pack(stream: Bitstream) -> bytes:
     """The byte string: at most 16 bytes more than its ``string`` for images up to 16383 pixels a side."""

@@ -13,22 +13,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cotam.bitstream import MODEL_ID_BYTES, Bitstream, BitstreamError, ModelMismatchError, pack, unpack
-from cotam.config import Q_STEPS
+from cotam.config import HYPER_STRIDE, Q_STEPS
 from cotam.entropy.quality_map import decode_quality_map, encode_quality_map
 from cotam.entropy.rans import RansCoder, RansDecoder, RansError
-from cotam.entropy.skip import drop_skipped, restore_skipped
+from cotam.entropy.skip import coded_rows, drop_skipped, restore_skipped
 from cotam.entropy.tables import Z_ROWS
 from cotam.grouping import in_groups
-from cotam.image import MAX_PIXELS, RGBImage, check_rgb, size_problem
+from cotam.image import MAX_PIXELS, RGBImage, check_rgb, latent_size, pad_to_latents, size_problem
 from cotam.importance import DEFAULT_STRENGTH
 from cotam.memory import keep_freed_memory
 from cotam.models.causal import CausalPredictor
-from cotam.models.codec_model import HYPER_STRIDE, CodecModel
-from cotam.models.entropy_model import NUM_SKIPPED_SCALES, gaussian_bits, scale_of_index
+from cotam.models.codec_model import CodecModel
+from cotam.models.entropy_model import gaussian_bits, scale_of_index
 from cotam.models.integer import ACTIVATION_MAX
 from cotam.models.narrow import narrowed
 from cotam.models.precision import computes_in_bfloat16
-from cotam.models.transforms import LATENT_STRIDE
 from cotam.weights import LoadedCodec, parse_codec, read_weights
 
 A = TypeVar("A")
@@ -37,7 +36,7 @@ QualityIndex = int | NDArray[np.uint8]
 Group = tuple[int, int, bool, int]  # latent height and width, whether the quality is uniform, channels
 # Latent positions in a batch on a GPU: 33 megapixels, some 2 GiB of features.
 _MAX_BATCH_POSITIONS = 2**17
-_MAX_STRENGTH = 1e6  # of which float32 still tells one from two
+_MAX_STRENGTH = 1e6  # beyond it float32 does not resolve single levels
 
 
 class CompressedImage(NamedTuple):
@@ -198,7 +197,7 @@ class Codec:
             raise ValueError("importance must be a 2-D map of values in [0, 1]")
         if not abs(strength) <= _MAX_STRENGTH:
             raise ValueError(f"strength {strength} is outside [-{_MAX_STRENGTH:g}, {_MAX_STRENGTH:g}]")
-        size = _latent_size(*image.shape[:2])
+        size = latent_size(*image.shape[:2])
         if values.shape != size:
             values = F.interpolate(values[None, None], size=size, mode="bilinear", antialias=True)[0, 0]
         levels = (quality - 1 + strength * (values - values.mean())).round().clamp(0, num_levels - 1)
@@ -215,7 +214,7 @@ class Codec:
             As ``decode``.
         """
         opened = self._open(data)
-        h, w = _latent_size(opened.height, opened.width)
+        h, w = latent_size(opened.height, opened.width)
         bits = torch.zeros(h, w)
         self._decompress_group([opened], None, bits)
         quality = 1 + np.broadcast_to(np.asarray(opened.quality_index, dtype=np.float32), (h, w)) / Q_STEPS
@@ -231,7 +230,7 @@ class Codec:
             check_rgb(image)
             if problem := size_problem(image.shape[1], image.shape[0], self.max_pixels):
                 raise ValueError(f"image of {problem}")
-        keys = [self._group(*_latent_size(*i.shape[:2]), q) for i, q in zip(images, quality_indexes, strict=True)]
+        keys = [self._group(*latent_size(*i.shape[:2]), q) for i, q in zip(images, quality_indexes, strict=True)]
         return in_groups(
             keys,
             self._group_size,
@@ -244,8 +243,8 @@ class Codec:
         h, w = compressed.symbols.shape[1:3]
         segments = [
             (compressed.z.ravel(), self._z_rows(self._z_levels(q, h, w))),
-            drop_skipped(compressed.symbols[0], compressed.rows[0], NUM_SKIPPED_SCALES),
-            drop_skipped(compressed.symbols[1], compressed.rows[1], NUM_SKIPPED_SCALES),
+            drop_skipped(compressed.symbols[0], compressed.rows[0]),
+            drop_skipped(compressed.symbols[1], compressed.rows[1]),
         ]
         if isinstance(q, int):
             index, map_code = q, None
@@ -259,7 +258,7 @@ class Codec:
     def decompress(self, strings: Sequence[bytes], executor: Executor | None = None) -> list[DecompressedImage]:
         """Entropy decoding and the integer network, in batches of one latent size. Errors as ``decode``."""
         opened = [self._open(s) for s in strings]
-        keys = [self._group(*_latent_size(o.height, o.width), o.quality_index) for o in opened]
+        keys = [self._group(*latent_size(o.height, o.width), o.quality_index) for o in opened]
         return in_groups(keys, self._group_size, lambda at: self._decompress_group([opened[i] for i in at], executor))
 
     def reconstruct(self, images: Sequence[DecompressedImage]) -> list[RGBImage]:
@@ -291,7 +290,7 @@ class Codec:
         return 1 if self.device.type == "cpu" else max(1, _MAX_BATCH_POSITIONS // (height * width))
 
     def _compress_group(self, images: list[RGBImage], quality: list[QualityIndex]) -> list[CompressedImage]:
-        padded = [torch.from_numpy(_pad(image)) for image in images]
+        padded = [torch.from_numpy(pad_to_latents(image)) for image in images]
         x = (torch.stack(padded) if len(padded) > 1 else padded[0][None]).to(self.device).permute(0, 3, 1, 2)
         latents = self._model(quality[0]).compress(x, self._q(quality))
         z, symbols, rows = (t.contiguous().cpu().numpy() for t in latents)
@@ -304,7 +303,7 @@ class Codec:
         self, opened: list[_Opened], executor: Executor | None, bits: Tensor | None = None
     ) -> list[DecompressedImage]:
         """One batch of ``decompress``; adds the bits of all its elements of y to ``bits`` (h, w)."""
-        h, w = _latent_size(opened[0].height, opened[0].width)
+        h, w = latent_size(opened[0].height, opened[0].width)
         quality, decoders = [o.quality_index for o in opened], [o.decoder for o in opened]
         q, model = self._q(quality), self._model(quality[0])
         try:
@@ -339,8 +338,7 @@ class Codec:
         rows = indexes.permute(0, 2, 3, 1).byte().contiguous().cpu().numpy()
 
         def decode(k: int) -> NDArray[np.int16]:
-            coded = decoders[k].decode(rows[k][rows[k] >= NUM_SKIPPED_SCALES])
-            return restore_skipped(coded, rows[k], NUM_SKIPPED_SCALES)
+            return restore_skipped(decoders[k].decode(coded_rows(rows[k])), rows[k])
 
         symbols = np.stack(_map(executor, decode, range(len(decoders))))
         return torch.from_numpy(symbols).to(self.device).permute(0, 3, 1, 2).float()
@@ -357,14 +355,14 @@ class Codec:
             raise ModelMismatchError(
                 f"bitstream was written by model {stream.model_id.hex()}, this codec is model {self.model_id.hex()}"
             )
-        num_q = self.model.num_q
+        num_q = self.model.config.num_q
         quality: QualityIndex = stream.quality_index
         if quality >= num_q:
             raise BitstreamError(f"bitstream has quality index {quality}, the model has {num_q}")
         try:
             decoder = self._coder.decoder(stream.string, stream.lanes_log2)
             if stream.map_code is not None:
-                size = _latent_size(stream.height, stream.width)
+                size = latent_size(stream.height, stream.width)
                 quality = decode_quality_map(stream.quality_index, stream.map_code, decoder, *size, num_q)
         except RansError as error:
             raise BitstreamError(f"bitstream cannot be decoded: {error}") from None
@@ -385,20 +383,6 @@ class Codec:
         """CDF rows of all z, in the order they are coded in: channel, row, column."""
         rows = self._z_rows_of_level[levels]  # (hz, wz, N_z)
         return np.ascontiguousarray(rows.transpose(2, 0, 1)).ravel()
-
-
-def _latent_size(height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of the latent grid of an image."""
-    return -(-height // LATENT_STRIDE), -(-width // LATENT_STRIDE)
-
-
-def _pad(image: RGBImage) -> RGBImage:
-    """The image with its last row and column repeated up to multiples of the latent stride."""
-    bottom, right = (-side % LATENT_STRIDE for side in image.shape[:2])
-    if bottom or right:
-        return np.pad(image, ((0, bottom), (0, right), (0, 0)), "edge")
-    padded = np.ascontiguousarray(image)
-    return padded if padded.flags.writeable else padded.copy()  # torch takes no read-only arrays without a warning
 
 
 def _map(executor: Executor | None, function: Callable[[A], B], items: Iterable[A]) -> list[B]:

@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 import yaml
 
 T = TypeVar("T")
-BACKBONES = ("cotam", "elic")
+BACKBONES = ("cotam", "elic")  # as made by cotam/models/backbones.py
+LATENT_STRIDE = 16  # pixels a side of a position of y
+HYPER_STRIDE = 4  # positions of y a side of a position of z
 _MAX_NUM_Q = 128  # a quality index is an activation of the integer network
 Q_STEPS = 4  # quality indexes per quality level: q = round((quality - 1) * Q_STEPS)
 

@@ -105,15 +105,15 @@ def costs(corpus: Corpus, prices: Prices, reads_per_month: float = 1.0) -> Costs
     """
     if not 0 <= reads_per_month < float("inf"):
         raise ValueError(f"reads_per_month {reads_per_month} is no number of times")
-    source_gb, stored_gb = corpus.source_num_bytes / GIB, corpus.stored_num_bytes / GIB
+    source_gib, stored_gib = corpus.source_num_bytes / GIB, corpus.stored_num_bytes / GIB
     bitstreams = {
-        "storage": prices.storage * stored_gb,
-        "reading": prices.egress * reads_per_month * stored_gb,
+        "storage": prices.storage * stored_gib,
+        "reading": prices.egress * reads_per_month * stored_gib,
         "decoding": prices.cpu_hour * reads_per_month * corpus.decode_s / 3600,
     }
     if prices.archive is not None:
-        bitstreams["originals"] = prices.archive * source_gb
-    source_files = {"storage": prices.storage * source_gb, "reading": prices.egress * reads_per_month * source_gb}
+        bitstreams["originals"] = prices.archive * source_gib
+    source_files = {"storage": prices.storage * source_gib, "reading": prices.egress * reads_per_month * source_gib}
     return Costs(prices.worker_hour * corpus.encode_s / 3600, source_files, bitstreams)
 
 

@@ -16,6 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from cotam.config import LATENT_STRIDE
+from cotam.errors import one_line
+
 RGBImage = NDArray[np.uint8]  # (H, W, 3)
 
 MAX_PIXELS = 2**27  # 134 megapixels
@@ -86,12 +89,12 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> SourceImage:
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise whatever they like on bad bytes
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise ImageError(f"corrupt or truncated image: {reason}") from None
 
 
 def num_pixels_of(data: bytes) -> int:
-    """Pixels of an image by its header, which is not believed where it matters; 0 where there is none."""
+    """Pixels that the header claims, 0 if unreadable; bounds the work in flight only, as decoding checks the size."""
     width, height = _webp_size(data)
     if width * height:
         return width * height
@@ -120,9 +123,24 @@ def check_rgb(image: RGBImage) -> None:
         raise ValueError(f"image has no pixels: {image.shape}")
 
 
+def latent_size(height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of the latent grid of an image."""
+    return -(-height // LATENT_STRIDE), -(-width // LATENT_STRIDE)
+
+
+def pad_to_latents(image: RGBImage) -> RGBImage:
+    """The image with its last row and column repeated up to multiples of the latent stride; writeable."""
+    bottom, right = (-side % LATENT_STRIDE for side in image.shape[:2])
+    if bottom or right:
+        return np.pad(image, ((0, bottom), (0, right), (0, 0)), "edge")
+    padded = np.ascontiguousarray(image)
+    return padded if padded.flags.writeable else padded.copy()  # torch takes no read-only arrays without a warning
+
+
 def num_computed_pixels(width: int, height: int) -> int:
-    """What an image counts to the codec, which computes in blocks of 16x16: a line of pixels costs as much as 16."""
-    return 16 * 16 * -(-width // 16) * -(-height // 16)
+    """What an image counts to the codec, which computes in latent positions: a line of pixels costs as much as 16."""
+    rows, columns = latent_size(height, width)
+    return LATENT_STRIDE**2 * rows * columns
 
 
 def size_problem(width: int, height: int, max_pixels: int) -> str | None:

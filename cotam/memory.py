@@ -10,6 +10,8 @@ import contextlib
 import ctypes
 import functools
 
+import pyarrow as pa
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGEST_KEPT_BYTES = 2**25  # the most that glibc takes for it: larger blocks still go back at once
 _KEPT_BYTES = 2**29
@@ -34,6 +36,4 @@ def return_freed_memory() -> None:
 @functools.cache
 def use_malloc_for_arrow() -> None:
     """Let Arrow allocate from the C library: what its own allocator frees stays with the process, 16 MiB and more."""
-    import pyarrow as pa  # no dependency of the codec
-
     pa.set_memory_pool(pa.system_memory_pool())

@@ -62,7 +62,7 @@ def ordered_map(
 ) -> Iterator[B]:
     """Map in an executor's threads, in order.
 
-    At most ``in_flight`` items are under way, and of more than one no more than ``_PIXELS_UNDER_WAY``.
+    At most ``in_flight`` items at once, and at most _PIXELS_UNDER_WAY pixels in total unless a single item is larger.
     """
     pending: deque[tuple[Future[B], int]] = deque()
     under_way = 0

@@ -32,7 +32,9 @@ class StageTimes:
         try:
             yield
         finally:
-            self._add(stage, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            with self._lock:
+                self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
 
     def iterate(self, stage: Stage, items: Iterable[A]) -> Iterator[A]:
         """Pass items on, counting the time that it takes to get them."""
@@ -49,7 +51,3 @@ class StageTimes:
         """The sums so far."""
         with self._lock:
             return dict(self._seconds)
-
-    def _add(self, stage: Stage, seconds: float) -> None:
-        with self._lock:
-            self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds

@@ -39,7 +39,9 @@ class Steering(NamedTuple):
     keep_map: bool = False
 
 
-class _Decoded(NamedTuple):
+class DecodedSample(NamedTuple):
+    """A sample with its image, uint8 (H, W, 3), the format that it was stored in, and its importance, if asked for."""
+
     sample: Sample
     pixels: RGBImage
     format: str
@@ -88,9 +90,7 @@ def encode_stream(
         ThreadPoolExecutor(num_threads, thread_name_prefix="cotam-rans") as coders,
     ):
         read = prefetch(times.iterate("read", samples), 4)
-        decoded = ordered_map(
-            decoders, lambda s: _decode_sample(s, codec, times), read, 2 * num_threads, _num_pixels_of_sample
-        )
+        decoded = decode_samples(read, codec.max_pixels, decoders, 2 * num_threads, times)
         runs = batches(decoded, lambda d: num_computed_pixels(d.pixels.shape[1], d.pixels.shape[0]))
         if steering is not None:
             runs = prefetch(_estimate(runs, steering.source, times), 1)
@@ -115,6 +115,27 @@ def decode_stream(
         yield from prefetch(decoded, num_threads)
 
 
+def decode_samples(
+    samples: Iterable[Sample | Reject], max_pixels: int, executor: ThreadPoolExecutor, in_flight: int, times: StageTimes
+) -> Iterator[DecodedSample | Reject]:
+    """Decode image files in an executor's threads, ``in_flight`` at most: an image or a reject for each, in order."""
+
+    def decode(sample: Sample | Reject) -> DecodedSample | Reject:
+        if isinstance(sample, Reject):
+            return sample
+        try:
+            with times.measure("image"):
+                image = decode_image(sample.image, max_pixels)
+        except ImageError as error:
+            return Reject(key=sample.key, source=sample.source, stage="decode", error=str(error), image=sample.image)
+        return DecodedSample(sample, image.pixels, image.format)
+
+    def num_pixels(sample: Sample | Reject) -> int:
+        return 0 if isinstance(sample, Reject) else num_pixels_of(sample.image)
+
+    return ordered_map(executor, decode, samples, in_flight, num_pixels)
+
+
 def batches(
     items: Iterable[A | Reject],
     num_pixels: Callable[[A], int],
@@ -135,32 +156,17 @@ def batches(
         yield batch
 
 
-def _num_pixels_of_sample(sample: Sample | Reject) -> int:
-    return 0 if isinstance(sample, Reject) else num_pixels_of(sample.image)
-
-
-def _decode_sample(sample: Sample | Reject, codec: Codec, times: StageTimes) -> _Decoded | Reject:
-    if isinstance(sample, Reject):
-        return sample
-    try:
-        with times.measure("image"):
-            image = decode_image(sample.image, codec.max_pixels)
-    except ImageError as error:
-        return Reject(key=sample.key, source=sample.source, stage="decode", error=str(error), image=sample.image)
-    return _Decoded(sample, image.pixels, image.format)
-
-
 def _estimate(
-    batches: Iterable[list[_Decoded | Reject]], source: ImportanceSource, times: StageTimes
-) -> Iterator[list[_Decoded | Reject]]:
+    batches: Iterable[list[DecodedSample | Reject]], source: ImportanceSource, times: StageTimes
+) -> Iterator[list[DecodedSample | Reject]]:
     for batch in batches:
-        images = [item for item in batch if isinstance(item, _Decoded)]
+        images = [item for item in batch if isinstance(item, DecodedSample)]
         with times.measure("importance"):
             maps = iter(source([i.sample for i in images], [i.pixels for i in images]))
         yield [item if isinstance(item, Reject) else _with_importance(item, next(maps)) for item in batch]
 
 
-def _with_importance(item: _Decoded, importance: ImportanceMap | ValueError) -> _Decoded | Reject:
+def _with_importance(item: DecodedSample, importance: ImportanceMap | ValueError) -> DecodedSample | Reject:
     if isinstance(importance, ValueError):
         sample = item.sample
         error = str(importance)
@@ -169,10 +175,10 @@ def _with_importance(item: _Decoded, importance: ImportanceMap | ValueError) -> 
 
 
 def _compress(
-    batches: Iterable[list[_Decoded | Reject]], codec: Codec, quality: float, strength: float, times: StageTimes
+    batches: Iterable[list[DecodedSample | Reject]], codec: Codec, quality: float, strength: float, times: StageTimes
 ) -> Iterator[_Compressed | Reject]:
     for batch in batches:
-        images = [item for item in batch if isinstance(item, _Decoded)]
+        images = [item for item in batch if isinstance(item, DecodedSample)]
         with times.measure("networks"):
             indexes = [codec.quality_index(quality, item.pixels, item.importance, strength) for item in images]
             compressed = iter(codec.compress([item.pixels for item in images], indexes))

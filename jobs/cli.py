@@ -11,6 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from cotam.credentials import redact
+from cotam.errors import one_line
 from jobs.console import EXIT_ERROR, EXIT_INCOMPLETE, EXIT_OK, EXIT_USAGE, Incomplete, warn
 from jobs.cost import cost
 from jobs.decode import decode
@@ -85,7 +86,7 @@ def _run() -> int:
             traceback.print_exc()
             return EXIT_ERROR
         is_usage = isinstance(error, _USAGE_ERRORS)
-        detail = redact(" ".join(str(error).split())) or type(error).__name__
+        detail = redact(one_line(error))
         warn(f"cotam: {detail if is_usage else f'{type(error).__name__}: {detail} (--debug shows more)'}")
         return EXIT_USAGE if is_usage else EXIT_ERROR
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -127,11 +128,11 @@ def _lines(total: int, unit: str, interval_s: float, logged: bool) -> Iterator[C
 def _rates(counts: Counts, seconds: float) -> dict[str, float]:
     seconds, pixels = max(seconds, 1e-3), counts.get("num_pixels", 0)
     return {
-        "images": counts.get("images", 0),
-        "images_per_s": round(counts.get("images", 0) / seconds, 1),
+        "images": counts.get("num_images", 0),
+        "images_per_s": round(counts.get("num_images", 0) / seconds, 1),
         "mb_per_s": round(counts.get("source_num_bytes", 0) / seconds / 1e6, 1),
         "bpp": round(8 * counts.get("bitstream_num_bytes", 0) / pixels, 3) if pixels else 0.0,
-        "rejects": counts.get("rejects", 0),
+        "rejects": counts.get("num_rejects", 0),
     }
 
 
@@ -141,11 +142,4 @@ def _text(rates: dict[str, float]) -> str:
 
 
 def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
-
-
-def size_text(num_bytes: float) -> str:
-    """A size for people."""
-    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.1f} kB"
+    return str(timedelta(seconds=round(seconds)))

@@ -37,16 +37,15 @@ def cost(
     those that were measured; decoding is timed now, on one CPU of this machine. Prices are in any one currency.
     """
     from cotam.cost import Prices, costs, measured_corpus, parse_num_bytes
+    from cotam.pinned import codec_of
     from cotam.report.cost import cost_parts, cost_rows, cost_summary, terabytes
     from cotam.report.page import page
     from cotam.store.records import RunStore
-    from pipelines.pinned import load_codec
 
     prices = Prices(storage=storage, archive=archive, egress=egress, worker_hour=worker_hour, cpu_hour=cpu_hour)
     target = parse_num_bytes(corpus_bytes) if corpus_bytes is not None else None
     store = RunStore(dst)
-    made_with = store.manifest_of("encode")["config"]
-    codec = load_codec(made_with["model"], made_with["model_sha256"], "cpu", made_with["max_pixels"])
+    codec = codec_of(store.manifest_of("encode")["config"])
     measured = measured_corpus(store.root, store.completions(), codec)
     corpus = measured.scaled_to(target) if target is not None else measured
     result = costs(corpus, prices, reads_per_month)

@@ -31,7 +31,7 @@ def decode(
     """Decode shards to image files with their captions and other members beside them."""
     from cotam.store.records import RunStore
     from jobs.console import warn
-    from jobs.run import run_job
+    from jobs.run import check_complete, print_summary, run_job
     from pipelines.cluster import Resources
     from pipelines.decode import DecodeConfig, DecodeTask, list_shards
 
@@ -46,13 +46,13 @@ def decode(
         format=image_format,
         max_pixels=made_with["max_pixels"],
     )
+    resources = Resources(
+        num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker, autoscale=autoscale
+    )  # fmt: skip
     store = RunStore(dst)
     with store.lock():
         store.open_run("decode", dataclasses.asdict(config), [src])
-        device = "cuda" if gpus_per_worker else "cpu"
-        make_task = partial(DecodeTask, config, device, max(1, round(cpus_per_worker)))
-        resources = Resources(
-            num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker,
-            autoscale=autoscale,
-        )  # fmt: skip
-        run_job(make_task, shards, store, resources, ray_address, as_json, quiet=quiet)
+        make_task = partial(DecodeTask, config, resources.device, resources.num_threads)
+        summary = run_job(make_task, shards, store, resources, ray_address, quiet)
+    print_summary(summary, store.root.uri, as_json)
+    check_complete(summary)

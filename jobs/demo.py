@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
-import json
 import re
 import shutil
-import tarfile
 import time
 from pathlib import Path
 from typing import Annotated
@@ -101,13 +98,18 @@ def _ask_about_scenes(out: Path, model: str) -> list[str]:
     infer(encoded, answers)
     say("\nThe same at other qualities, uniform, and with other codecs:")
     compared = str(out / "scenes-sweep")
-    sweep(scenes, compared, qualities="1,2,3", inputs="pixels", codecs="jpeg,webp", codec_qualities="3,15,50")
+    sweep(
+        scenes, compared, qualities="1,2,3", inputs="pixels", codecs="jpeg,webp", codec_qualities="3,15,50",
+        model=model,
+    )  # fmt: skip
     results = RunStore(compared).root.read_json("results.json")
     return [*scene_parts(encoded, answers, out), *sweep_parts(results)]
 
 
 def write_corpus(folder: Path, samples_per_tar: int = 6) -> int:
     """Write the demo's corpus as WebDataset tars. Returns the number of samples, one of which is a truncated JPEG."""
+    import webdataset as wds
+
     folder.mkdir(parents=True)
     samples: list[tuple[str, str, bytes, str]] = []
     for path, caption in _PHOTOGRAPHS.items():
@@ -115,14 +117,10 @@ def write_corpus(folder: Path, samples_per_tar: int = 6) -> int:
         samples.append((stem, extension, _photograph(path), caption))
     flower = samples[-1]
     samples.append(("damaged", "jpg", flower[2][: len(flower[2]) // 2], "half of a JPEG file"))
-    for k in range(0, len(samples), samples_per_tar):
-        with tarfile.open(folder / f"photos-{k // samples_per_tar:04d}.tar", "w") as tar:
-            for key, extension, data, caption in samples[k : k + samples_per_tar]:
-                note = json.dumps({"package": "scikit-image or scikit-learn", "key": key})
-                for name, content in ((extension, data), ("txt", caption.encode()), ("json", note.encode())):
-                    info = tarfile.TarInfo(f"{key}.{name}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+    with wds.ShardWriter(str(folder / "photos-%04d.tar"), maxcount=samples_per_tar, verbose=0, mtime=0) as tars:
+        for key, extension, data, caption in samples:
+            note = {"package": "scikit-image or scikit-learn", "key": key}
+            tars.write({"__key__": key, extension: data, "txt": caption, "json": note})
     return len(samples)
 
 

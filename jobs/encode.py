@@ -59,7 +59,7 @@ def encode(
     """Encode an image corpus into Parquet shards; running it again goes on where it stopped."""
     from cotam.store.records import RunStore
     from cotam.weights import parse_codec, read_weights
-    from jobs.run import run_job
+    from jobs.run import check_complete, print_summary, run_job
     from pipelines.cluster import Resources
     from pipelines.encode import EncodeConfig, EncodeTask
     from pipelines.sources import list_partitions
@@ -83,13 +83,13 @@ def encode(
         importance=importance, attention=attention, clip_sha256=clip_sha256, strength=strength,
         keep_importance=keep_importance, image_column=image_column,
     )  # fmt: skip
+    resources = Resources(
+        num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker, autoscale=autoscale
+    )  # fmt: skip
     store = RunStore(dst)
     with store.lock():
         config_hash = store.open_run("encode", dataclasses.asdict(config), [src])
-        device = "cuda" if gpus_per_worker else "cpu"
-        make_task = partial(EncodeTask, config, config_hash, device, max(1, round(cpus_per_worker)))
-        resources = Resources(
-            num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker,
-            autoscale=autoscale,
-        )  # fmt: skip
-        run_job(make_task, partitions, store, resources, ray_address, as_json, max_reject_rate, quiet)
+        make_task = partial(EncodeTask, config, config_hash, resources.device, resources.num_threads)
+        summary = run_job(make_task, partitions, store, resources, ray_address, quiet)
+    print_summary(summary, store.root.uri, as_json)
+    check_complete(summary, max_reject_rate)

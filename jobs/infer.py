@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from typing import Annotated, Any
 
@@ -53,30 +52,30 @@ def infer(
 ) -> None:
     """Ask an MLLM about decoded images; writes predictions as Parquet, and metrics.json."""
     from cotam.mllm.backend import MllmConfig
-    from cotam.mllm.identity import check_mllm
+    from cotam.mllm.identity import mllm_fingerprints
     from cotam.store.ids import each
-    from cotam.store.records import RunStore
+    from cotam.store.records import MANIFEST, RunStore
     from cotam.store.shard import read_keys
     from cotam.tasks.questions import QuestionSource, task_sha256
     from cotam.tasks.results import read_predictions, summarise
     from jobs.console import Incomplete, print_json, warn
-    from jobs.run import run_job
+    from jobs.run import check_complete, finished_data, print_summary, run_job
+    from pipelines.asking import AskConfig
     from pipelines.cluster import Resources
     from pipelines.decode import list_shards
-    from pipelines.infer import InferConfig, InferTask
+    from pipelines.infer import InferTask
     from pipelines.sources import list_partitions
 
     if input_kind not in ("pixels", "tokens"):
         raise typer.BadParameter(f"--input {input_kind} is neither pixels nor tokens")
-    asked = MllmConfig(
+    mllm_config = MllmConfig(
         name=mllm, served_model=served_model, prompt=prompt, max_new_tokens=max_new_tokens, batch_size=batch_size,
         adapter=adapter if input_kind == "tokens" else "",
     )  # fmt: skip
-    if QuestionSource(task).num_questions == 0:  # and a bad file is better told now than by every worker
-        raise typer.BadParameter(f"--task {task} has no questions")
+    questions = QuestionSource(task)  # a bad file is better told now than by every worker
     source = RunStore(src)
     made_with: dict[str, Any] = {}
-    if source.root.exists("_cotam/manifest.json"):
+    if source.root.exists(MANIFEST):
         partitions, made_with = list_shards(source), source.manifest()["config"]
         if (unfinished := source.unfinished_job()) is not None:
             warn(unfinished)
@@ -84,39 +83,31 @@ def infer(
         partitions = list_partitions(src, image_column)
         if input_kind == "tokens":
             raise typer.BadParameter("--input tokens needs the output of `cotam encode` as SRC")
-    config = InferConfig(
-        task=task, task_sha256=task_sha256(task), metric=metric, mllm=asked, image_column=image_column,
-        **check_mllm(asked),
+    config = AskConfig(
+        task=task, task_sha256=task_sha256(task), metric=metric, mllm=mllm_config, image_column=image_column,
+        **mllm_fingerprints(mllm_config),
         **{k: made_with[k] for k in ("model", "model_sha256", "max_pixels") if k in made_with},
+    )  # fmt: skip
+    resources = Resources(
+        num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker, autoscale=autoscale
     )  # fmt: skip
     store = RunStore(dst)
     with store.lock():
-        store.open_run("infer", {**dataclasses.asdict(config), "mllm": asked.identity()}, [src])
-        device = "cuda" if gpus_per_worker else "cpu"
-        make_task = partial(InferTask, config, device, max(1, round(cpus_per_worker)))
-        resources = Resources(
-            num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker,
-            autoscale=autoscale,
-        )  # fmt: skip
-        incomplete: Incomplete | None = None
-        try:
-            run_job(
-                make_task, partitions, store, resources, ray_address, as_json, quiet=quiet, with_summary=not as_json
-            )
-        except Incomplete as error:  # what there is is told first
-            incomplete = error
-        ids = {p.partition_id for p in partitions}
-        paths = [record.data for record in store.completions() if record.partition_id in ids]
+        store.open_run("infer", config.identity(), [src])
+        make_task = partial(InferTask, config, resources.device, resources.num_threads)
+        summary = run_job(make_task, partitions, store, resources, ray_address, quiet)
+        paths = finished_data(store, partitions)
         metrics = summarise(partial(read_predictions, store.root, paths), metric)
-        not_asked = QuestionSource(task).left_out(key for p in paths for key in each(read_keys(store.root, p)))
+        not_asked = questions.left_out(key for p in paths for key in each(read_keys(store.root, p)))
         metrics["num_not_asked"] = sum(not_asked.values())
         store.root.write_json("metrics.json", metrics)
     if as_json:
         print_json(metrics)
-    elif metrics["num_questions"]:
-        _print_metrics(metrics, list(not_asked))
-    if incomplete is not None:
-        raise incomplete
+    else:
+        print_summary(summary, store.root.uri)
+        if metrics["num_questions"]:
+            _print_metrics(metrics, list(not_asked))
+    check_complete(summary)
     if not metrics["num_questions"]:
         why = f"no key of {src} is in {task}" if not_asked else f"no image of {src} has questions in {task}"
         raise Incomplete(f"nothing was asked: {why}, or all are rejects, which `cotam inspect {dst} --rejects` lists")

@@ -62,15 +62,15 @@ def inspect(
 
 def _describe(row: Any, shard: str, manifest: dict[str, Any], out: Path | None, plot: Path | None) -> dict[str, Any]:
     from cotam.bitstream import unpack
-    from cotam.codec import Codec
     from cotam.image import encode_image
+    from cotam.pinned import codec_of
 
     stream = unpack(row.bitstream, manifest["config"]["max_pixels"])
     if out is not None or plot is not None:
-        codec = Codec.load(manifest["config"]["model"], max_pixels=manifest["config"]["max_pixels"])
+        codec = codec_of(manifest["config"])
     if out is not None:
-        suffix = "JPEG" if out.suffix.lower() in (".jpg", ".jpeg") else "PNG"
-        out.write_bytes(encode_image(codec.decode(row.bitstream), suffix))
+        kind = "JPEG" if out.suffix.lower() in (".jpg", ".jpeg") else "PNG"
+        out.write_bytes(encode_image(codec.decode(row.bitstream), kind))
     if plot is not None:
         from cotam.picture import write_picture
 

@@ -1,4 +1,4 @@
-"""Running a partition job for a subcommand: Ray, lock, progress, summary, exit status."""
+"""Running a partition job for a subcommand: Ray, progress, summary, exit status."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
+from rich.filesize import decimal
+
 from cotam.store.partitions import Partitions
 from cotam.store.records import RunStore
-from jobs.console import Incomplete, partition_progress, print_json, say, size_text
+from jobs.console import Incomplete, partition_progress, print_json, say
 from pipelines.cluster import Resources, init_ray
 from pipelines.logs import LogConfig, log_event
 from pipelines.runner import JobSummary, PartitionTask, run_partitions
@@ -23,15 +25,11 @@ def run_job(
     store: RunStore,
     resources: Resources,
     ray_address: str | None,
-    as_json: bool,
-    max_reject_rate: float = 1.0,
-    quiet: bool = False,
-    with_summary: bool = True,
+    quiet: bool,
 ) -> JobSummary:
-    """Run the job, with progress on stderr unless ``quiet``, and print its summary. The store has to be locked.
+    """Run the job, with progress on stderr unless ``quiet``. The store has to be locked.
 
     Raises:
-        Incomplete: failed partitions, or more rejects than allowed.
         ValueError: the cluster cannot hold a worker.
     """
     log = LogConfig.from_environment()
@@ -47,12 +45,11 @@ def run_job(
     store.note_job(len(partitions), has_ended=True)
     sums = {name: value for name, value in dataclasses.asdict(summary).items() if name != "failures"}
     log_event(_log, logging.INFO, "run_finished", store=uri, **sums, bpp=summary.bpp)
-    if not with_summary:
-        pass
-    elif as_json:
-        print_json({**dataclasses.asdict(summary), "bpp": summary.bpp})
-    else:
-        _print_summary(summary, store.root.uri)
+    return summary
+
+
+def check_complete(summary: JobSummary, max_reject_rate: float = 1.0) -> None:
+    """Raise Incomplete for failed partitions, or for more rejects than allowed."""
     if summary.num_failed:
         shown = "; ".join(f"{f['partition_id']}: {f['error']}" for f in summary.failures[:3])
         raise Incomplete(
@@ -61,7 +58,12 @@ def run_job(
     if summary.num_rejects > max_reject_rate * summary.num_images:
         rate = summary.num_rejects / summary.num_images
         raise Incomplete(f"{rate:.1%} of the images are rejects, more than --max-reject-rate {max_reject_rate}")
-    return summary
+
+
+def finished_data(store: RunStore, partitions: Partitions) -> list[str]:
+    """The output files, below the store's root, of those partitions that are finished."""
+    ids = {partition.partition_id for partition in partitions}
+    return [record.data for record in store.completions() if record.partition_id in ids]
 
 
 def _logged(log: LogConfig, make_task: Callable[[], PartitionTask]) -> PartitionTask:
@@ -70,7 +72,11 @@ def _logged(log: LogConfig, make_task: Callable[[], PartitionTask]) -> Partition
     return make_task()
 
 
-def _print_summary(summary: JobSummary, uri: str) -> None:
+def print_summary(summary: JobSummary, uri: str, as_json: bool = False) -> None:
+    """Print the outcome of a run on the store at ``uri``."""
+    if as_json:
+        print_json({**dataclasses.asdict(summary), "bpp": summary.bpp})
+        return
     if summary.num_skipped == summary.num_partitions:
         say(f"Nothing to do: all {summary.num_partitions} partitions are in {uri} already.")
     num_new = summary.num_partitions - summary.num_skipped - summary.num_failed
@@ -92,6 +98,6 @@ def _print_summary(summary: JobSummary, uri: str) -> None:
             f"{before / after:.1f} times smaller" if before >= after else f"{after / max(1, before):.1f} times larger"
         )
         say(
-            f"{size_text(summary.source_num_bytes)} of source files, {size_text(summary.bitstream_num_bytes)} of"
+            f"{decimal(summary.source_num_bytes)} of source files, {decimal(summary.bitstream_num_bytes)} of"
             f" bitstreams ({change}), {summary.bpp:.3f} bpp."
         )

@@ -20,5 +20,5 @@ def sceneqa(
     from jobs.console import partition_progress, say
 
     with partition_progress(num_scenes, "scenes") as update:
-        write_dataset(out, split, num_scenes, size, photos, lambda done: update({"images": done}, done))
+        write_dataset(out, split, num_scenes, size, photos, lambda done: update({"num_images": done}, done))
     say(f"{num_scenes} scenes in {out}")

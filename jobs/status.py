@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from cotam.store.records import RunStore
-from jobs.console import print_json, say, size_text
+from rich.filesize import decimal
+
+from cotam.store.records import SUMMED, RunStore
+from jobs.console import print_json, say
 from jobs.options import Json, Store
 from jobs.storage import StorageOptions
 
 _MAX_SHOWN = 20
 _OF_IMPORTANCE = ("attention", "clip_sha256", "strength", "keep_importance")
-_SUMS = ("num_images", "num_rows", "num_rejects", "num_pixels", "source_num_bytes", "bitstream_num_bytes")
 
 
 def status(dst: Store, storage_options: StorageOptions = None, as_json: Json = False) -> None:
@@ -17,10 +18,10 @@ def status(dst: Store, storage_options: StorageOptions = None, as_json: Json = F
     store = RunStore(dst)
     manifest = store.manifest_of()
     failures, num_partitions = store.failures(), 0
-    total = dict.fromkeys(_SUMS, 0)
+    total = dict.fromkeys(SUMMED, 0)
     for record in store.completions():
         num_partitions += 1
-        for name in _SUMS:
+        for name in SUMMED:
             total[name] += getattr(record, name)
     bpp = 8 * total["bitstream_num_bytes"] / total["num_pixels"] if total["num_pixels"] else None
     if as_json:
@@ -37,7 +38,7 @@ def status(dst: Store, storage_options: StorageOptions = None, as_json: Json = F
         say(unfinished)
     say(f"{total['num_images']} images: {total['num_rows']} rows, {total['num_rejects']} rejects")
     if bpp is not None:
-        say(f"{size_text(total['source_num_bytes'])} -> {size_text(total['bitstream_num_bytes'])}, {bpp:.3f} bpp")
+        say(f"{decimal(total['source_num_bytes'])} -> {decimal(total['bitstream_num_bytes'])}, {bpp:.3f} bpp")
     if total["num_rejects"]:
         say(f"  `cotam inspect {dst} --rejects` lists what was rejected, and why")
     for failure in failures[:_MAX_SHOWN]:

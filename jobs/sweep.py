@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from typing import Annotated, Any
 
@@ -32,8 +31,6 @@ from jobs.options import (
 )
 from jobs.storage import StorageOptions
 
-_DEFAULT_BASELINES = "jpeg,webp,avif"
-
 
 def sweep(
     src: Annotated[str, typer.Argument(help="Images, as SRC of `cotam encode`.")],
@@ -44,7 +41,9 @@ def sweep(
         str, typer.Option(help="Strengths of the importance map; 0 is uniform.")
     ] = f"0,{DEFAULT_STRENGTH:g}",
     inputs: Annotated[str, typer.Option(help="pixels, tokens, or both.")] = "pixels,tokens",
-    codecs: Annotated[str, typer.Option(help="Codecs to compare with; empty for none.")] = _DEFAULT_BASELINES,
+    codecs: Annotated[
+        str, typer.Option(help="Codecs to compare with, of jpeg, webp, avif, jxl; empty for none.")
+    ] = "jpeg,webp,avif",
     codec_qualities: Annotated[str, typer.Option(help="Their qualities.")] = "1,5,15,35,60",
     mllm: Mllm = "cotam-vlm-tiny",
     prompt: Prompt = "{question}",
@@ -70,14 +69,14 @@ def sweep(
     """Encode, decode and ask at many operating points; writes curves, savings at equal accuracy, and a report."""
     from cotam.importance.tower import AttentionTower
     from cotam.mllm.backend import MllmConfig
-    from cotam.mllm.identity import check_mllm
+    from cotam.mllm.identity import mllm_fingerprints
     from cotam.report.page import page
     from cotam.report.sweep import results_of, sweep_parts
     from cotam.store.records import RunStore
     from cotam.tasks.questions import QuestionSource, task_sha256
     from cotam.weights import parse_codec, read_weights
     from jobs.console import Incomplete, print_json
-    from jobs.run import run_job
+    from jobs.run import check_complete, finished_data, run_job
     from pipelines.cluster import Resources
     from pipelines.sources import list_partitions
     from pipelines.sweep import ORIGINAL, Point, SweepConfig, SweepTask
@@ -88,11 +87,11 @@ def sweep(
         for strength in _numbers(strengths):
             points += [Point(codec="cotam", quality=quality, strength=strength, input=name) for name in inputs_used]
     points += [Point(codec=codec, quality=q) for codec in _names(codecs) for q in _numbers(codec_qualities)]
-    asked = MllmConfig(
+    mllm_config = MllmConfig(
         name=mllm, served_model=served_model, prompt=prompt, max_new_tokens=max_new_tokens, batch_size=batch_size,
         adapter=adapter if "tokens" in inputs_used else "",
     )  # fmt: skip
-    QuestionSource(task)
+    QuestionSource(task)  # a bad file is better told now than by every worker
     attention = Attention(clip=clip, layer=layer, queries=queries)
     is_guided = any(point.strength for point in points)
     loaded = parse_codec(read_weights(model), model)
@@ -100,27 +99,21 @@ def sweep(
     if bad := [p.quality for p in points if p.codec == "cotam" and not 1 <= p.quality <= num_levels]:
         raise typer.BadParameter(f"--qualities: {bad[0]:g} is outside [1, {num_levels}]")
     config = SweepConfig(
-        points=tuple(points), task=task, task_sha256=task_sha256(task), metric=metric, mllm=asked, **check_mllm(asked),
-        model=model, model_sha256=loaded.sha256, attention=attention, image_column=image_column,
-        clip_sha256=AttentionTower.load(attention).fingerprint() if is_guided else None,
+        points=tuple(points), task=task, task_sha256=task_sha256(task), metric=metric, mllm=mllm_config,
+        **mllm_fingerprints(mllm_config), model=model, model_sha256=loaded.sha256, attention=attention,
+        image_column=image_column,
+        clip_sha256=AttentionTower.load(attention).fingerprint() if is_guided else "",
     )  # fmt: skip
     partitions = list_partitions(src, image_column)
+    resources = Resources(
+        num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker, autoscale=autoscale
+    )  # fmt: skip
     store = RunStore(dst)
     with store.lock():
-        store.open_run("sweep", {**dataclasses.asdict(config), "mllm": asked.identity()}, [src])
-        device = "cuda" if gpus_per_worker else "cpu"
-        make_task = partial(SweepTask, config, device, max(1, round(cpus_per_worker)))
-        resources = Resources(
-            num_workers=num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker,
-            autoscale=autoscale,
-        )  # fmt: skip
-        incomplete: Incomplete | None = None
-        try:
-            run_job(make_task, partitions, store, resources, ray_address, as_json, quiet=quiet, with_summary=False)
-        except Incomplete as error:  # what there is is told first
-            incomplete = error
-        ids = {p.partition_id for p in partitions}
-        done = [record.data for record in store.completions() if record.partition_id in ids]
+        store.open_run("sweep", config.identity(), [src])
+        make_task = partial(SweepTask, config, resources.device, resources.num_threads)
+        summary = run_job(make_task, partitions, store, resources, ray_address, quiet)
+        done = finished_data(store, partitions)
         results = results_of(store, done, metric)
         if done:
             store.root.write_json("results.json", results)
@@ -129,15 +122,14 @@ def sweep(
         print_json(results)
     elif done:
         _print_results(results, f"{store.root.uri}/report.html")
-    if incomplete is not None:
-        raise incomplete
+    check_complete(summary)
+    if not results["num_questions"]:
+        raise Incomplete(f"nothing was asked: no image of {src} has questions in {task}, or all are rejects")
 
 
 def _print_results(results: dict[str, Any], report: str) -> None:
     from jobs.console import say
 
-    if not results["num_questions"]:
-        say("No questions: no key of SRC is in the task.")
     if results["num_errors"]:
         say(f"{results['num_errors']} answers are missing and count as wrong; the column `error` says why.")
     for saved in results["savings"]:

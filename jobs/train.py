@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
@@ -21,12 +21,6 @@ Device = Annotated[str | None, typer.Option(help="cpu or cuda; chosen if not giv
 Photographs = Annotated[
     list[str] | None, typer.Option(help="WebDataset tars (braces allowed): backgrounds of every second scene.")
 ]
-C = TypeVar("C")
-
-
-@train_app.callback()
-def _group() -> None:
-    pass
 
 
 @train_app.command()
@@ -114,7 +108,7 @@ def adapter(
 
 
 def _settings(
-    cls: type[C], file: Path | None, data: dict[str, Any], max_minutes: float | None, max_steps: int | None
+    cls: Any, file: Path | None, data: dict[str, Any], max_minutes: float | None, max_steps: int | None
 ) -> Any:
     """The configuration of ``file`` or the default, with what the command line says instead."""
     from cotam.config import load_yaml

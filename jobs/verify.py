@@ -22,13 +22,13 @@ def verify(
     from rich.console import Console
     from rich.progress import track
 
-    from cotam.codec import Codec
+    from cotam.pinned import codec_of
     from cotam.store.records import RunStore
     from cotam.store.verify import verify_shard, verify_store
 
     store = RunStore(dst)
     config = store.manifest_of("encode")["config"]
-    codec = Codec.load(config["model"], max_pixels=config["max_pixels"]) if decode else None
+    codec = codec_of(config) if decode else None
     problems = [*filter(None, [store.unfinished_job()]), *verify_store(store)]
     num_shards, num_rows = len(store.completed_ids()), 0
     console = Console(stderr=True, quiet=as_json or not sys.stderr.isatty())

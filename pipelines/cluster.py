@@ -24,7 +24,7 @@ class Resources:
 
     Attributes:
         num_workers: actors in the pool; 0 chooses from the cluster.
-        cpus_per_worker: CPUs, and threads for the networks.
+        cpus_per_worker: CPUs, and threads.
         gpus_per_worker: GPUs, fractions allowed; 0 runs on CPUs.
         autoscale: ask for ``num_workers`` whatever the cluster has now: its autoscaler brings nodes for them.
 
@@ -40,6 +40,16 @@ class Resources:
     def __post_init__(self) -> None:
         if self.autoscale and not self.num_workers:
             raise ValueError("--autoscale needs --num-workers: how many workers the cluster shall grow to")
+
+    @property
+    def device(self) -> str:
+        """Where the networks of a worker run: "cuda" or "cpu"."""
+        return "cuda" if self.gpus_per_worker else "cpu"
+
+    @property
+    def num_threads(self) -> int:
+        """Of a worker."""
+        return max(1, round(self.cpus_per_worker))
 
 
 class ResourceError(ValueError):

@@ -16,12 +16,12 @@ from pipelines.metrics import metrics_of, reject_reason, reject_stage
 Counts = dict[str, int]
 Report = Callable[[Counts], None]
 
-_NAMES = ("images", "rejects", "num_pixels", "source_num_bytes", "bitstream_num_bytes")
+_NAMES = ("num_images", "num_rejects", "num_pixels", "source_num_bytes", "bitstream_num_bytes")
 _REPORT_S = 0.5
 _log = logging.getLogger(__name__)
 
 
-class Counter:
+class PartitionCounter:
     """Adds up the rows and rejects of one partition, and reports what is new twice a second.
 
     Args:
@@ -49,7 +49,7 @@ class Counter:
     def image(self, num_pixels: int, source_num_bytes: int, num_bytes: int) -> None:
         """Count an image that made it, of which ``num_bytes`` are stored."""
         self._metrics.bpp(8 * num_bytes / num_pixels)
-        self._add(images=1, num_pixels=num_pixels, source_num_bytes=source_num_bytes, bitstream_num_bytes=num_bytes)
+        self._add(num_images=1, num_pixels=num_pixels, source_num_bytes=source_num_bytes, bitstream_num_bytes=num_bytes)
 
     def reject(self, reject: Reject) -> None:
         """Count an image that did not."""
@@ -59,23 +59,18 @@ class Counter:
             source=reject.source, key=reject.key, stage=reject_stage(reject), reason=reject_reason(reject),
             error=reject.error,
         )  # fmt: skip
-        self._add(images=1, rejects=1)
+        self._add(num_images=1, num_rejects=1)
 
     def completion(
         self, data: str, num_bytes: int | None, sha256: str | None, rejects_sha256: str | None
     ) -> Completion:
         """The completion record of the partition, whose output is at ``data``."""
         self._send()
-        total = self._total
         return Completion(
             partition_id=self._partition.partition_id,
             source=self._partition.source,
-            num_images=total["images"],
-            num_rows=total["images"] - total["rejects"],
-            num_rejects=total["rejects"],
-            num_pixels=total["num_pixels"],
-            source_num_bytes=total["source_num_bytes"],
-            bitstream_num_bytes=total["bitstream_num_bytes"],
+            num_rows=self._total["num_images"] - self._total["num_rejects"],
+            **self._total,
             data=data,
             data_num_bytes=num_bytes,
             data_sha256=sha256,
@@ -94,7 +89,7 @@ class Counter:
     def _send(self) -> None:
         new = {n: self._total[n] - self._reported[n] for n in _NAMES}
         self._report(new)
-        self._metrics.images(new["images"], new["num_pixels"], new["source_num_bytes"], new["bitstream_num_bytes"])
+        self._metrics.images(new["num_images"], new["num_pixels"], new["source_num_bytes"], new["bitstream_num_bytes"])
         seconds = self.times.seconds()
         self._metrics.stage_seconds({n: s - self._reported_seconds.get(n, 0.0) for n, s in seconds.items()})
         self._reported, self._reported_seconds, self._last = dict(self._total), seconds, time.monotonic()

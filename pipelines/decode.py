@@ -17,15 +17,16 @@ import torch
 
 from cotam.image import MAX_PIXELS, encode_image
 from cotam.overlap import ordered_map
+from cotam.pinned import load_codec
 from cotam.stage_times import StageTimes
 from cotam.store.fs import Root
 from cotam.store.partitions import Partition, Partitions, partition_id
 from cotam.store.records import Completion, RunStore
 from cotam.store.schema import Reject, Row
-from cotam.store.shard import RejectWriter, file_sha256, read_rows
+from cotam.store.shard import RejectWriter, read_rows
 from cotam.stream import DecodedRow, decode_stream
-from pipelines.counter import Counter, Report
-from pipelines.pinned import load_codec
+from pipelines.counter import PartitionCounter, Report
+from pipelines.publish import publish_shard
 
 FORMATS = ("png", "jpg", "webdataset")
 _MAX_NAME_BYTES = 200  # file systems take 255, of which a temporary name needs some
@@ -91,31 +92,28 @@ class DecodeTask:
 
     def process(self, partition: Partition, store: RunStore, report: Report) -> Completion:
         """Decode one shard; publishes its images and rejects. Errors as ``PartitionTask.process``."""
-        counts = Counter(self.command, partition, report)
+        counts = PartitionCounter(self.command, partition, report)
         times = counts.times
         rows = read_rows(Root(partition.source), partition.paths[0])
         decoded = decode_stream(rows, self._codec, self._num_threads, times=times)
+        data = f"data/{partition.partition_id}"  # a folder of files
         with (
             tempfile.TemporaryDirectory(prefix="cotam-") as folder,
             ThreadPoolExecutor(self._num_threads, thread_name_prefix="cotam-files") as executor,
         ):
-            bad = RejectWriter(Path(folder) / "rejects.parquet")
+            tar, bad = Path(folder) / "shard.tar", RejectWriter(Path(folder) / "rejects.parquet")
             with bad:
                 files = ordered_map(executor, lambda d: self._to_files(d, times), decoded, 2 * self._num_threads)
                 if self._config.format == "webdataset":
-                    data = f"data/{partition.partition_id}.tar"
-                    tar = Path(folder) / "shard.tar"
                     _write_tar(_counted(files, counts, bad), tar)
-                    with times.measure("write"):
-                        sha256, num_bytes = file_sha256(tar), tar.stat().st_size
-                        store.root.publish(tar, data)
                 else:
-                    data, sha256, num_bytes = f"data/{partition.partition_id}", None, None
                     for name, content in _counted(files, counts, bad):
                         with times.measure("write"):
                             store.root.write(f"{data}/{name}", content)
+            if self._config.format == "webdataset":
+                return publish_shard(store, partition, tar, bad, counts)
             rejects_sha256 = bad.publish(store.root, partition.partition_id)
-        return counts.completion(data, num_bytes, sha256, rejects_sha256)
+        return counts.completion(data, None, None, rejects_sha256)
 
     def _to_files(self, item: DecodedRow | Reject, times: StageTimes) -> tuple[Row, list[tuple[str, bytes]]] | Reject:
         if isinstance(item, Reject):
@@ -138,7 +136,7 @@ class DecodeTask:
 
 
 def _counted(
-    items: Iterable[tuple[Row, list[tuple[str, bytes]]] | Reject], counts: Counter, bad: RejectWriter
+    items: Iterable[tuple[Row, list[tuple[str, bytes]]] | Reject], counts: PartitionCounter, bad: RejectWriter
 ) -> Iterator[tuple[str, bytes]]:
     written: set[bytes] = set()  # by digest: names may be long, and there may be many
     folders: set[bytes] = set()

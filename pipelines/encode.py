@@ -12,14 +12,14 @@ import torch
 from cotam.image import MAX_PIXELS
 from cotam.importance import DEFAULT_STRENGTH, Attention
 from cotam.importance.source import from_member
+from cotam.pinned import load_codec, load_estimator
 from cotam.store.partitions import Partition
 from cotam.store.readers import member_types, read_partition
 from cotam.store.records import Completion, RunStore
 from cotam.store.schema import SCHEMA_VERSION, Row
 from cotam.store.shard import RejectWriter, ShardWriter
 from cotam.stream import Steering, encode_stream
-from pipelines.counter import Counter, Report
-from pipelines.pinned import load_codec
+from pipelines.counter import PartitionCounter, Report
 from pipelines.publish import publish_shard
 
 
@@ -80,7 +80,7 @@ class EncodeTask:
 
     def process(self, partition: Partition, store: RunStore, report: Report) -> Completion:
         """Encode one partition; publishes rejects, then the shard. Errors as ``PartitionTask.process``."""
-        counts = Counter(self.command, partition, report)
+        counts = PartitionCounter(self.command, partition, report)
         times = counts.times
         metadata = {
             "cotam_schema_version": str(SCHEMA_VERSION),
@@ -108,13 +108,7 @@ def _steering(config: EncodeConfig, device: str) -> Steering | None:
     if config.importance == "none" or config.strength == 0:
         return None
     if config.importance == "clip":
-        from cotam.importance.estimate import ImportanceEstimator, from_estimator  # open_clip takes seconds to import
-        from cotam.importance.tower import AttentionTower
-
-        tower = AttentionTower.load(config.attention)
-        if config.clip_sha256 and tower.fingerprint() != config.clip_sha256:
-            raise ValueError(f"{config.attention.clip} differs from the weights that this run started with")
-        source = from_estimator(ImportanceEstimator(tower, device))
-    else:
-        source = from_member(config.importance.removeprefix("member:"))
+        estimator = load_estimator(config.attention, config.clip_sha256, device)
+        return Steering(lambda samples, images: estimator(images), config.strength, config.keep_importance)
+    source = from_member(config.importance.removeprefix("member:"))
     return Steering(source, config.strength, config.keep_importance)

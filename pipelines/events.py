@@ -7,6 +7,7 @@ import logging
 
 from tenacity import RetryCallState
 
+from cotam.errors import with_type
 from cotam.store.partitions import Partition
 from cotam.store.records import Completion
 from pipelines.logs import log_event
@@ -35,9 +36,13 @@ class PartitionEvents:
     def retried(self, partition: Partition, failed: RetryCallState) -> None:
         """An attempt failed, and the partition is begun again after a while."""
         error = failed.outcome.exception() if failed.outcome is not None else None
-        text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+        text = with_type(error) if error is not None else ""
         self._say(logging.WARNING, "partition_retried", partition, attempt=failed.attempt_number, error=text)
         self._metrics.retry("source")
+
+    def lost_device(self, partition: Partition, error: Exception) -> None:
+        """This process lost its device and ends: the partition is begun again in another."""
+        self._say(logging.ERROR, "worker_lost_device", partition, error=with_type(error))
 
     def completed(self, partition: Partition, record: Completion) -> None:
         """A partition is finished, and its record is written."""

@@ -11,8 +11,7 @@ import datetime
 import json
 import logging
 import os
-import sys
-from typing import Any, TextIO
+from typing import Any
 
 from cotam.credentials import redact
 
@@ -52,15 +51,15 @@ class LogConfig:
     def start_in_driver(self) -> None:
         """Log to stderr, if a format was asked for."""
         if self.format is not None:
-            _start(self.format, self.level, sys.stderr)
+            _start(self.format, self.level)
 
     def start_in_worker(self) -> None:
         """Log to stderr, which Ray keeps in its files."""
-        _start(self.format or "json", self.level, sys.stderr)
+        _start(self.format or "json", self.level)
 
 
-def _start(form: str, level: str, stream: TextIO) -> None:
-    handler = logging.StreamHandler(stream)
+def _start(form: str, level: str) -> None:
+    handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     for name in _ROOTS:
         logger = logging.getLogger(name)

@@ -21,11 +21,11 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from cotam.store.schema import Reject
+from cotam.store.schema import Reject, RejectStage
 
 Outcome = Literal["completed", "failed", "abandoned"]
 RetryReason = Literal["source", "worker"]
@@ -47,18 +47,18 @@ HISTOGRAMS: dict[str, tuple[str, tuple[str, ...], tuple[float, ...]]] = {
 }
 GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {"cotam_workers": ("Workers that live", ("command",))}
 
-STAGES = ("read", "decode", "importance", "questions", "encode", "verify")
+STAGES = get_args(RejectStage)
 # Rejects say in words what is wrong, a tag has to be one of a few: how the words begin, by reason.
 _REASON = re.compile(
     r"""(?P<empty>empty\ file)
-    |(?P<format>not\ an\ image|floating-point\ samples)
+    |(?P<format>not\ an\ image|floating-point\ samples|signed\ or|planes\ of|several\ pages)
     |(?P<corrupt>corrupt\ or\ truncated\ image)
-    |(?P<size>\d+x\d+\ pixels,\ over|over\ )
+    |(?P<size>\d+x\d+\ pixels,\ over|a\ JPEG\ of\ over|over\ )
     |(?P<missing>file\ has\ disappeared|no\ image\ in\ column|sample\ has\ no\ image)
     |(?P<damaged>tar\ is\ damaged|tar\ has\ no\ end\ marker|row\ group\ \d+\ is\ damaged|row\ cannot\ be\ read)
     |(?P<permission>no\ permission)
     |(?P<member>member\ |no\ importance|importance\ member|questions\ of\ image)
-    |(?P<key>key\ is\ no\ relative\ path|key\ of\ \d+\ characters)
+    |(?P<key>key\ |another\ image|the\ name\ of\ one\ image)
     |(?P<bitstream>bitstream)""",
     re.VERBOSE,
 )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -71,31 +72,26 @@ class Reporter:
         self._counts, self._num_done, self._last = {}, 0, time.monotonic()
 
 
-class polling:
+@contextmanager
+def polling(progress: Any, on_progress: OnProgress) -> Iterator[None]:
     """While in this context, a thread hands the counts of a ``Progress`` actor to ``on_progress``."""
+    stop = threading.Event()
 
-    def __init__(self, progress: Any, on_progress: OnProgress | None) -> None:
-        self._progress, self._on_progress = progress, on_progress
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True, name="cotam-progress")
-
-    def __enter__(self) -> None:
-        if self._on_progress is not None:
-            self._thread.start()
-
-    def __exit__(self, *exc: object) -> None:
-        self._stop.set()
-        if self._on_progress is not None:
-            self._thread.join()
-
-    def _run(self) -> None:
-        assert self._on_progress is not None
+    def poll() -> None:
         last = False
         while not last:
-            last = self._stop.wait(_POLL_S)
+            last = stop.wait(_POLL_S)
             try:
-                snapshot = ray.get(self._progress.snapshot.remote())
+                snapshot = ray.get(progress.snapshot.remote())
             except RayError as error:
                 logging.getLogger(__name__).warning("progress is lost: %s", type(error).__name__)
                 return
-            self._on_progress(*snapshot)
+            on_progress(*snapshot)
+
+    thread = threading.Thread(target=poll, daemon=True, name="cotam-progress")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

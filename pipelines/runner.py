@@ -13,12 +13,14 @@ are recognised by their completion records.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import os
 import re
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -29,12 +31,13 @@ from ray.data import ActorPoolStrategy
 from ray.exceptions import ObjectLostError, RayActorError
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
+from cotam.errors import with_type
 from cotam.memory import return_freed_memory, use_malloc_for_arrow
 from cotam.store.fs import is_transient
 from cotam.store.ids import HashedIds, difference, each, ids_of
 from cotam.store.partitions import Partition, Partitions
 from cotam.store.readers import key_of_file
-from cotam.store.records import Completion, RunStore
+from cotam.store.records import SUMMED, Completion, RunStore
 from cotam.store.shard import read_keys, read_rejects
 from cotam.store.storage_options import storage_configuration, use_storage_configuration
 from pipelines.cluster import Resources, pool_size
@@ -42,7 +45,7 @@ from pipelines.counter import Counts, Report
 from pipelines.events import PartitionEvents
 from pipelines.progress import OnProgress, Reporter, polling, start_progress
 
-# A wave is what the driver holds at a time: so many tasks, or partitions if that is less, but enough for all workers.
+# A wave is one execution of Ray Data: the smaller of so many tasks and so many partitions, but enough for all workers.
 _TASKS_PER_WAVE = 250
 _PARTITIONS_PER_WAVE = 2**14
 _TASKS_PER_WORKER = 16  # while there are partitions: no worker idles for long at the end
@@ -65,8 +68,8 @@ class PartitionTask(Protocol):
         Args:
             partition: the input.
             store: where the output goes.
-            report: call it with the counts since the last call: images, rejects, source_num_bytes,
-                bitstream_num_bytes, num_pixels.
+            report: call it with the counts since the last call: num_images, num_rejects,
+                source_num_bytes, bitstream_num_bytes, num_pixels.
 
         Raises:
             OSError: the source or the store failed; the partition is tried again, unless ``is_transient`` says no.
@@ -136,7 +139,7 @@ def run_partitions(
     if len(pending):
         store.forget_attempts(pending.ids)
         progress = start_progress()
-        with polling(progress, on_progress):
+        with polling(progress, on_progress) if on_progress is not None else nullcontext():
             _run_rounds(make_task, pending, store.root.uri, resources, progress)
     return _summarise(partitions, num_skipped, store, started)
 
@@ -161,6 +164,8 @@ def _run_rounds(
             settled = _run_wave(make_task, list(wave.chunks(per_task)), store_uri, resources, workers, progress)
             left.append(wave.without(settled))
             num_settled += len(settled)
+            # A lost task leaves its error in a cycle with its pool, whose workers would keep CPUs and GPUs from the next.
+            gc.collect()
             return_freed_memory()
         # A poisonous partition kills its worker in _WORKER_ATTEMPTS rounds and is given up in the next one.
         futile = 0 if num_settled else futile + 1
@@ -275,11 +280,11 @@ class _Worker:
             retrying(store.complete, record)
             self._events.completed(partition, record)
         except torch.AcceleratorError as error:  # the device is lost to this process: another one takes the partition
-            self._events.failed(partition, _one_line(error))
+            self._events.lost_device(partition, error)
             os._exit(1)
         except Exception as error:  # one partition's failure is recorded and never stops the others
-            retrying(store.fail, name, partition.source, _one_line(error))
-            self._events.failed(partition, _one_line(error))
+            retrying(store.fail, name, partition.source, with_type(error))
+            self._events.failed(partition, with_type(error))
 
     def _process(self, partition: Partition) -> Completion:
         reported: Counts = {}
@@ -296,24 +301,21 @@ class _Worker:
             raise
 
 
-_SUMMED = ("num_images", "num_rows", "num_rejects", "num_pixels", "source_num_bytes", "bitstream_num_bytes")
-
-
 def _summarise(partitions: Partitions, num_skipped: int, store: RunStore, started: float) -> JobSummary:
     """Sums over the records of ``partitions``; what earlier versions of their sources left behind is removed."""
     done = store.completed_ids()
     other_ids = set(each(difference(done, partitions.ids)))
     return_freed_memory()
-    totals = dict.fromkeys(_SUMMED, 0)
+    totals = dict.fromkeys(SUMMED, 0)
     others: list[Completion] = []
     for record in store.completions(done):
         if record.partition_id in other_ids:
             others.append(record)
             continue
-        for name in _SUMMED:
+        for name in SUMMED:
             totals[name] += getattr(record, name)
-    outdated = _outdated(partitions, others, store) if others else []
-    replaced = _without_lost_images(outdated, partitions, store)
+    outdated = _outdated(partitions, others, done) if others else []
+    replaced = _without_lost_images(outdated, partitions, store, done)
     for record in replaced:
         store.discard(record)
     failures = store.failures()
@@ -338,22 +340,24 @@ def _summarise(partitions: Partitions, num_skipped: int, store: RunStore, starte
     )
 
 
-def _outdated(partitions: Partitions, others: list[Completion], store: RunStore) -> list[Completion]:
+def _outdated(partitions: Partitions, others: list[Completion], done: pa.ChunkedArray) -> list[Completion]:
     """Of records that are none of ``partitions``: earlier versions of sources that are finished as they are now.
 
     Folders count as finished where some of their partitions are: each image of theirs is looked for.
     """
     current = partitions.of_sources({record.source for record in others})
-    unfinished = {p.source for p in current.without(store.completed_ids()) if p.kind != "files"}
+    unfinished = {p.source for p in current.without(done) if p.kind != "files"}
     finished = {p.source for p in current} - unfinished
     return [record for record in others if record.source in finished]
 
 
-def _without_lost_images(outdated: list[Completion], partitions: Partitions, store: RunStore) -> list[Completion]:
+def _without_lost_images(
+    outdated: list[Completion], partitions: Partitions, store: RunStore, done: pa.ChunkedArray
+) -> list[Completion]:
     """Those all of whose images are in finished ``partitions``: loose files may be gone from their folder."""
     current = partitions.of_sources({record.source for record in outdated})
     folders = {partition.source for partition in current if partition.kind == "files"}
-    current = current.without(current.without(store.completed_ids()).ids)
+    current = current.without(current.without(done).ids)
     found = [record for record in outdated if record.source not in folders]
     for folder in folders:
         files = (path for partition in current.of_sources([folder]) for path in partition.paths)
@@ -379,7 +383,3 @@ def _cause(error: RayActorError) -> str:
     """The last line of a worker's traceback."""
     lines = [line.strip() for line in str(error).splitlines()]
     return next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b", line)), lines[0])[:500]
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]

@@ -23,17 +23,17 @@ from cotam.store.readers import TAR_SUFFIXES, image_column, parquet_metadata
 from cotam.store.tars import IMAGE_EXTENSIONS
 
 FILES_PER_PARTITION = 500  # on average; half to twice as many
-_LIST_ONCE = 16
+_MIN_NAMES_TO_LIST_FOLDER = 16
 _FOOTERS_AT_A_TIME = 32
 PARQUET_PARTITION_BYTES = 128 * 2**20
-# Images that tars name otherwise, or that are not read: each of those becomes a reject instead of being passed over.
+# Image files that no tar member is recognised by, or that cannot be decoded: each becomes a row or a reject.
 _OTHER_EXTENSIONS = ("jpe", "pgm", "pnm", "pbm", "heic", "heif", "jp2", "jxl")
-# Folders in which other programs keep their books. Names of cameras' images start with "_", too.
-_log = logging.getLogger(__name__)
 _MAX_LEFT_OUT = 8  # extensions that are named
+# Folders in which other programs keep their books. Names of cameras' images start with "_", too.
 _BOOKS = ("_temporary", "_delta_log", "_spark_metadata")
 
 _Footer = Future[pq.FileMetaData]
+_log = logging.getLogger(__name__)
 
 
 class SourceError(ValueError):
@@ -106,7 +106,7 @@ def _list_once(patterns: list[str]) -> dict[str, dict[str, File]]:
     counts = Counter(p.rpartition("/")[0] for p in patterns if not _has_magic(p))
     folders = {}
     for folder, count in counts.items():
-        if folder and count > _LIST_ONCE:
+        if folder and count > _MIN_NAMES_TO_LIST_FOLDER:
             fs, path = split_uri(folder)
             folders[folder] = {file.name: file for file in glob_files(fs, f"{glob.escape(path)}/*")}
     return folders
@@ -167,9 +167,9 @@ def _list_folder(fs: AbstractFileSystem, path: str, uri: str, wanted: str | None
 
 
 def _ends_partition(num_images: int, last: str) -> bool:
-    """Whether a partition ends after so many images: mostly where a name says so, not where a count does.
+    """Whether a partition ends after so many images: mostly at a name whose hash is 0, not at a count.
 
-    Else one image more in a folder would change every partition after it, and all of them would be encoded again.
+    So one image more in a folder changes its own partition only (content-defined chunking), and the others stay done.
     """
     half = FILES_PER_PARTITION // 2
     says_so = zlib.crc32(last.encode(errors="surrogateescape")) % half == 0

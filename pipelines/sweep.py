@@ -4,40 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
-from cotam.baselines import BASELINES, MAX_SIDES_PX, transcode
-from cotam.image import MAX_PIXELS
+from cotam.baselines import BASELINES, check_installed, transcode
 from cotam.importance import Attention
-from cotam.importance.estimate import ImportanceEstimator
 from cotam.importance.source import ImportanceMap
-from cotam.importance.tower import AttentionTower
 from cotam.metrics import psnr_rgb
-from cotam.mllm.backend import MllmConfig, load_mllm
+from cotam.mllm.backend import load_mllm
 from cotam.mllm.identity import refuse_other_mllm
+from cotam.pinned import load_codec, load_estimator
 from cotam.stage_times import StageTimes
 from cotam.store.partitions import Partition
 from cotam.store.readers import read_partition
 from cotam.store.records import Completion, RunStore
 from cotam.store.schema import Reject
-from cotam.store.shard import RejectWriter
 from cotam.stream import batches
-from cotam.tasks.questions import Question, QuestionSource
+from cotam.tasks.questions import QuestionSource
 from cotam.tasks.results import PREDICTION_SCHEMA
-from cotam.tasks.scores import check_metric
-from pipelines.counter import Counter, Report
-from pipelines.infer import Answered, View, ask, read_views, with_questions
-from pipelines.pinned import load_codec
-from pipelines.publish import publish_shard
+from pipelines.asking import AskConfig, Questioned, View, ask, publish_answers, read_views
+from pipelines.counter import PartitionCounter, Report
 
 ORIGINAL = "original"
 _CHUNK_IMAGES = 16
@@ -69,41 +61,22 @@ class Point:
             raise ValueError(f"quality {self.quality:g} of {self.codec} is outside [0, 100]")
         if not math.isfinite(self.quality) or not math.isfinite(self.strength):
             raise ValueError("qualities and strengths are finite numbers")
+        check_installed(self.codec)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SweepConfig:
+class SweepConfig(AskConfig):
     """What is compared; part of the run's identity.
 
     Attributes:
-        points: the operating points.
-        task, metric: as in ``InferConfig``.
-        mllm: which MLLM; its adapter is used at points whose input is "tokens".
-        mllm_sha256, adapter_sha256: of their weights.
-        model, model_sha256: the codec.
+        points: the operating points; the MLLM's adapter is used at those whose input is "tokens".
         attention: whose is the importance.
-        max_pixels: larger images are rejects.
-        task_sha256: of the question file, if it is one.
-        clip_sha256: the fingerprint of the importance's tower, where a point has one.
-        image_column: of Parquet files, where it was named.
+        clip_sha256: the fingerprint of its tower, where a point is guided.
     """
 
     points: tuple[Point, ...]
-    task: str
-    metric: str = "exact_match"
-    mllm: MllmConfig = dataclasses.field(default_factory=MllmConfig)
-    mllm_sha256: str = ""
-    adapter_sha256: str = ""
-    model: str = "cotam-base"
-    model_sha256: str = ""
     attention: Attention = dataclasses.field(default_factory=Attention)
-    max_pixels: int = MAX_PIXELS
-    task_sha256: str | None = None
-    clip_sha256: str | None = None
-    image_column: str | None = None
-
-    def __post_init__(self) -> None:
-        check_metric(self.metric)
+    clip_sha256: str = ""
 
 
 SWEEP_SCHEMA = pa.schema(
@@ -134,67 +107,44 @@ class SweepTask:
         self._config, self._num_threads = config, num_threads
         self._codec = load_codec(config.model, config.model_sha256, device, config.max_pixels)
         self._questions = QuestionSource(config.task, config.task_sha256)
-        refuse_other_mllm(config.mllm, config.mllm_sha256)
-        inputs = {point.input for point in config.points}
-        plain = dataclasses.replace(config.mllm, adapter="")
-        chosen = {"pixels": plain, "tokens": config.mllm}
-        self._mllms = {name: load_mllm(chosen[name], device, self._codec.sha256) for name in sorted(inputs)}
+        refuse_other_mllm(config.mllm, config.mllm_sha256, config.adapter_sha256)
+        self._mllm = load_mllm(config.mllm, device, self._codec.sha256)
         self._estimator = None
         if any(point.strength for point in config.points):
-            tower = AttentionTower.load(config.attention)
-            if config.clip_sha256 and tower.fingerprint() != config.clip_sha256:
-                raise ValueError(f"{config.attention.clip} differs from the weights that this run started with")
-            self._estimator = ImportanceEstimator(tower, device)
+            self._estimator = load_estimator(config.attention, config.clip_sha256, device)
 
     def process(self, partition: Partition, store: RunStore, report: Report) -> Completion:
         """Measure one partition; publishes rejects, then rows. Errors as ``PartitionTask.process``."""
-        counts = Counter(self.command, partition, report)
-        times, answered = counts.times, Answered()
-        views = read_views(read_partition(partition), self._config.max_pixels, self._num_threads, times)
-        with tempfile.TemporaryDirectory(prefix="cotam-") as folder:
-            path, bad = Path(folder) / "rows.parquet", Path(folder) / "rejects.parquet"
-            with pq.ParquetWriter(path, SWEEP_SCHEMA, compression="ZSTD") as writer, RejectWriter(bad) as rejects:
-                for chunk in batches(views, lambda view: view.pixels.size // 3, _CHUNK_IMAGES, _CHUNK_PIXELS):
-                    asked: list[tuple[View, list[Question]]] = []
-                    for view in chunk:
-                        view = self._that_fits(view)
-                        item = with_questions(view, self._questions) if isinstance(view, View) else view
-                        if isinstance(item, Reject):
-                            rejects.write(item)
-                            counts.reject(item)
-                        else:
-                            asked.append(item)
-                    for rows in self._measure(asked, times) if asked else ():
-                        answered.add(rows)
-                        writer.write_table(pa.Table.from_pylist(rows, SWEEP_SCHEMA))
-                    for view, _ in asked:
-                        counts.image(view.pixels.size // 3, view.source_num_bytes, view.num_bytes)
-            answered.check()
-            return publish_shard(store, partition, path, rejects, counts)
+        counts = PartitionCounter(self.command, partition, report)
+        views = read_views(read_partition(partition), self._config.max_pixels, self._num_threads, counts.times)
+        chunks = batches(views, lambda view: view.num_pixels, _CHUNK_IMAGES, _CHUNK_PIXELS)
+        fitting = ([self._that_fits(view) for view in chunk] for chunk in chunks)
+        measure = partial(self._measure, counts.times)
+        return publish_answers(fitting, self._questions, measure, SWEEP_SCHEMA, partition, store, counts)
 
     def _that_fits(self, view: View | Reject) -> View | Reject:
         """A view, or a reject where a codec that it is compared with takes no image of its size."""
         if isinstance(view, View):
             height, width = view.pixels.shape[:2]
-            for codec in {point.codec for point in self._config.points if point.codec in BASELINES}:
-                if max(height, width) > MAX_SIDES_PX[codec]:
-                    error = f"{width}x{height} pixels, over {codec}'s limit of {MAX_SIDES_PX[codec]} a side"
+            compared = {point.codec for point in self._config.points}
+            for codec, baseline in BASELINES.items():
+                if codec in compared and max(height, width) > baseline.max_side_px:
+                    error = f"{width}x{height} pixels, over {codec}'s limit of {baseline.max_side_px} a side"
                     return Reject(key=view.key, source=view.source, stage="encode", error=error, image=None)
         return view
 
-    def _measure(self, asked: list[tuple[View, list[Question]]], times: StageTimes) -> Iterator[list[dict[str, Any]]]:
-        views, questions = zip(*asked, strict=True)
+    def _measure(self, times: StageTimes, questioned: list[Questioned]) -> Iterator[list[dict[str, Any]]]:
+        views, questions = zip(*questioned, strict=True)
         with times.measure("importance"):
             maps = self._estimator([view.pixels for view in views]) if self._estimator is not None else None
-        # Points that differ in the input only share their bitstreams.
-        stored: dict[tuple[str, float, float], Sequence[View]] = {}
+        stored_as, decoded = None, views
         for point in self._config.points:
             how = point.codec, point.quality, point.strength
-            if how not in stored:
-                stored = {how: self._store(views, point, maps)}
-            decoded = stored[how]
+            if how != stored_as:  # points that differ in the input only, which follow each other, share bitstreams
+                stored_as, decoded = how, self._store(views, point, maps)
+            seen = decoded if point.input == "tokens" else [view._replace(y_hat=None) for view in decoded]
             with times.measure("mllm"):
-                rows = ask(self._mllms[point.input], list(zip(decoded, questions, strict=True)), self._config.metric)
+                rows = ask(self._mllm, list(zip(seen, questions, strict=True)), self._config.metric)
             psnr = {d.key: psnr_rgb(v.pixels, d.pixels) for v, d in zip(views, decoded, strict=True)}
             if rows:
                 same = dataclasses.asdict(point)
@@ -213,7 +163,8 @@ class SweepTask:
             guides = maps if point.strength else None
             strings = codec.encode_batch(images, point.quality, guides, point.strength, coders)
             decompressed = codec.decompress(strings, coders)
-        decoded = zip(codec.reconstruct(decompressed), codec.latents(decompressed), strings, strict=True)
+        latents = codec.latents(decompressed) if self._config.mllm.adapter else [None] * len(views)
+        decoded = zip(codec.reconstruct(decompressed), latents, strings, strict=True)
         return [
             view._replace(pixels=pixels, num_bytes=len(data), y_hat=y_hat)
             for view, (pixels, y_hat, data) in zip(views, decoded, strict=True)

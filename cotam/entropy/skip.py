@@ -1,6 +1,6 @@
-"""Elements that are not coded: a CDF row below ``num_skipped`` means that the symbol is 0, and nothing is written.
+"""Elements that are not coded: a CDF row below NUM_SKIPPED_SCALES means that the symbol is 0, and nothing is written.
 
-Order is that of memory.
+Elements are visited in C order.
 """
 
 from __future__ import annotations
@@ -9,20 +9,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cotam.entropy.compiled import compiled
+from cotam.entropy.tables import NUM_SKIPPED_SCALES
 
 
-def drop_skipped(
-    symbols: NDArray[np.int16], rows: NDArray[np.uint8], num_skipped: int
-) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
+def drop_skipped(symbols: NDArray[np.int16], rows: NDArray[np.uint8]) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
     """The coded symbols and their CDF rows, each (n,), from contiguous arrays of one shape."""
-    coded: tuple[NDArray[np.int16], NDArray[np.uint8]] = _drop(symbols.ravel(), rows.ravel(), num_skipped)
+    coded: tuple[NDArray[np.int16], NDArray[np.uint8]] = _drop(symbols.ravel(), rows.ravel(), NUM_SKIPPED_SCALES)
     return coded
 
 
-def restore_skipped(coded: NDArray[np.int16], rows: NDArray[np.uint8], num_skipped: int) -> NDArray[np.int16]:
+def coded_rows(rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The CDF rows, (n,), of the elements that are coded."""
+    return rows[rows >= NUM_SKIPPED_SCALES]
+
+
+def restore_skipped(coded: NDArray[np.int16], rows: NDArray[np.uint8]) -> NDArray[np.int16]:
     """The inverse of ``drop_skipped``: int16 of the shape of ``rows``, zero where nothing was coded."""
-    restored: NDArray[np.int16] = _restore(coded, rows.ravel(), num_skipped)
+    restored: NDArray[np.int16] = _restore(coded, rows.ravel(), NUM_SKIPPED_SCALES)
     return restored.reshape(rows.shape)
+
+
+# The number of skipped rows is an argument: numba's cache does not notice a constant that changes in another file.
 
 
 @compiled

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 NUM_SCALES = 64
+NUM_SKIPPED_SCALES = 3  # below this index (a deviation of 0.16 steps) an element is 0 and not coded at all
 Z_ROWS = NUM_SCALES  # the first row of the hyper-latent
 GAUSSIAN_ROWS = 2 * NUM_SCALES  # the first row of Gaussians
 NUM_ROWS = 3 * NUM_SCALES
@@ -23,7 +24,7 @@ SCALE_MIN = 0.11
 SCALE_MAX = 256.0
 PRECISION_BITS = 16
 _TAIL_MASS = 2.0**-15  # mass left to the escape symbol: rare enough to cost nothing, common enough for a frequency
-_PRIOR_COUNT = 64  # a symbol, of what the Gaussian weighs in a fitted row
+_PRIOR_COUNT = 64  # pseudo-counts a symbol: the weight of the Gaussian in a fitted row
 
 
 class Tables(NamedTuple):

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from cotam.grouping import in_groups
 from cotam.image import RGBImage
-from cotam.importance.source import ImportanceMap, ImportanceSource
+from cotam.importance.source import ImportanceMap
 from cotam.importance.tower import AttentionTower
 from cotam.models.precision import computes_in_bfloat16
 
@@ -41,15 +42,13 @@ class ImportanceEstimator:
     Args:
         tower: which attention.
         device: where it runs.
-        dtype: of its computations; bfloat16 on GPUs is enough for a map of some levels.
     """
 
-    def __init__(self, tower: AttentionTower, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
+    def __init__(self, tower: AttentionTower, device: str = "cpu") -> None:
         self.device = torch.device(device)
         in_bfloat16 = self.device.type == "cuda" and computes_in_bfloat16(self.device)  # not on GPUs that emulate it
-        default = torch.bfloat16 if in_bfloat16 else torch.float32
         self.tower = tower.to(self.device)
-        self.tower.visual.to(dtype or default)
+        self.tower.visual.to(torch.bfloat16 if in_bfloat16 else torch.float32)  # enough for a map of some levels
 
     def __call__(self, images: Sequence[RGBImage]) -> list[ImportanceMap]:
         """The importance map of every image, uint8 RGB (H, W, 3) of any size, on a grid of patches."""
@@ -80,22 +79,13 @@ class ImportanceEstimator:
 
     def _attend(self, views: list[_View]) -> list[NDArray[np.float32]]:
         """Attention of every view, in batches of one grid."""
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for k, view in enumerate(views):
-            groups.setdefault(tuple(view.pixels.shape), []).append(k)
-        results: dict[int, NDArray[np.float32]] = {}
-        for shape, members in groups.items():
-            size = max(1, _BATCH_PATCHES * self.tower.patch_px**2 // (shape[1] * shape[2]))
-            for start in range(0, len(members), size):
-                chunk = members[start : start + size]
-                batch = torch.stack([views[k].pixels for k in chunk]).to(self.device)
-                results.update(zip(chunk, self.tower(batch).cpu().numpy(), strict=True))
-        return [results[k] for k in range(len(views))]
 
+        def attend(at: list[int]) -> list[NDArray[np.float32]]:
+            return list(self.tower(torch.stack([views[k].pixels for k in at]).to(self.device)).cpu().numpy())
 
-def from_estimator(estimator: ImportanceEstimator) -> ImportanceSource:
-    """Maps of a CLIP tower's attention."""
-    return lambda samples, images: estimator(images)
+        max_pixels = _BATCH_PATCHES * self.tower.patch_px**2
+        sizes = [(view.pixels.shape[1], view.pixels.shape[2]) for view in views]
+        return in_groups(sizes, lambda height, width: max(1, max_pixels // (height * width)), attend)
 
 
 def _merge(size: tuple[int, ...], parts: list[tuple[_View, NDArray[np.float32]]]) -> NDArray[np.float32]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
 from cotam.credentials import refuse_credentials
+from cotam.errors import one_line
 from cotam.image import RGBImage
 
-DEFAULT_MLLM = "cotam-vlm-tiny"
+Backend = Literal["served", "vllm", "hf", "local"]
+_PREFIXES: tuple[Backend, ...] = ("vllm", "hf")  # of names, before a colon
 Item = TypeVar("Item")
 
 
@@ -39,17 +41,17 @@ class Mllm(Protocol):
         ...
 
 
-def answer_apart(
+def answer_by_bisection(
     answer: Callable[[Sequence[Item]], Sequence[str]], items: Sequence[Item], faults: tuple[type[Exception], ...]
 ) -> list[str | MllmError]:
-    """What ``answer`` says to ``items``, or where a fault ends that, to each half: one costs no other its answer."""
+    """Answer all items in one call; if it raises one of ``faults``, halve them: only what fails alone is an error."""
     try:
         return [text.strip() for text in answer(items)]
     except faults as error:
         if len(items) == 1:
-            return [MllmError(" ".join(str(error).split())[:300])]
+            return [MllmError(one_line(error)[:300])]
     half = len(items) // 2
-    return [text for part in (items[:half], items[half:]) for text in answer_apart(answer, part, faults)]
+    return [text for part in (items[:half], items[half:]) for text in answer_by_bisection(answer, part, faults)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,7 @@ class MllmConfig:
         adapter: name, path or URI; where it is given, visual tokens are added to the tower's.
     """
 
-    name: str = DEFAULT_MLLM
+    name: str = "cotam-vlm-tiny"
     served_model: str = ""
     prompt: str = "{question}"
     max_new_tokens: int = 16
@@ -74,7 +76,7 @@ class MllmConfig:
 
     def __post_init__(self) -> None:
         refuse_credentials(self.name)
-        if self.is_served and not self.served_model:
+        if self.backend == "served" and not self.served_model:
             raise ValueError(f"name the model that {self.name} serves with --served-model")
         if "{question}" not in self.prompt:
             raise ValueError("the prompt has no {question} in it")
@@ -83,14 +85,21 @@ class MllmConfig:
         """What answers depend on: not how many at a time, nor at which address a served model is."""
         values = dataclasses.asdict(self)
         del values["batch_size"]
-        return {**values, "name": "served"} if self.is_served else values
+        return {**values, "name": "served"} if self.backend == "served" else values
 
     @property
-    def is_served(self) -> bool:
-        """Whether it is behind an endpoint."""
-        return self.name.startswith(("http://", "https://"))
+    def backend(self) -> Backend:
+        """Which backend answers."""
+        if self.name.startswith(("http://", "https://")):
+            return "served"
+        return next((prefix for prefix in _PREFIXES if self.name.startswith(f"{prefix}:")), "local")
 
-    def asked(self, question: str) -> str:
+    @property
+    def place(self) -> str:
+        """Where that backend finds it: ``name`` without the backend's prefix."""
+        return self.name.removeprefix(f"{self.backend}:")
+
+    def prompt_for(self, question: str) -> str:
         """The prompt with a question in it; other braces are text."""
         return self.prompt.replace("{question}", question)
 
@@ -102,14 +111,13 @@ def load_mllm(config: MllmConfig, device: str = "cpu", codec_sha256: str = "") -
         ValueError: unknown, not installed, or without a token path though an adapter was given.
         FileNotFoundError: no such folder.
     """
-    name = config.name
-    if config.adapter and (config.is_served or name.startswith("vllm:")):
+    if config.adapter and config.backend in ("served", "vllm"):
         raise ValueError("visual tokens need an MLLM in process, by transformers; use --input pixels")
-    if config.is_served:
+    if config.backend == "served":
         from cotam.mllm.served import ServedMllm
 
         return ServedMllm(config)
-    if name.startswith("vllm:"):
+    if config.backend == "vllm":
         from cotam.mllm.vllm import VllmMllm
 
         return VllmMllm(config)

@@ -12,30 +12,34 @@ _PIECE_BYTES = 2**20
 _NUM_PIECES = 64  # of a file, evenly spaced, from its beginning (a safetensors header) to its end
 
 
-def check_mllm(config: MllmConfig) -> dict[str, str]:
+def mllm_fingerprints(config: MllmConfig) -> dict[str, str]:
     """``mllm_sha256`` and ``adapter_sha256`` of a configuration, empty where there are no local files.
 
     Raises:
         FileNotFoundError, ValueError: as ``model_folder`` and ``read_weights``.
     """
-    adapter = hashlib.sha256(read_weights(config.adapter)).hexdigest() if config.adapter else ""
-    return {"mllm_sha256": _mllm_sha256(config), "adapter_sha256": adapter}
+    return {"mllm_sha256": _mllm_sha256(config), "adapter_sha256": _adapter_sha256(config)}
 
 
-def refuse_other_mllm(config: MllmConfig, mllm_sha256: str) -> None:
-    """Raise ValueError where the MLLM's local files are not those of that sha256 (hex; empty: any)."""
+def refuse_other_mllm(config: MllmConfig, mllm_sha256: str, adapter_sha256: str) -> None:
+    """Raise ValueError where the MLLM's or the adapter's local files are not those of that sha256 (hex; empty: any)."""
     if mllm_sha256 and _mllm_sha256(config) != mllm_sha256:
         raise ValueError(f"{config.name} differs from the MLLM that this run started with")
+    if adapter_sha256 and _adapter_sha256(config) != adapter_sha256:
+        raise ValueError(f"{config.adapter} differs from the adapter that this run started with")
+
+
+def _adapter_sha256(config: MllmConfig) -> str:
+    return hashlib.sha256(read_weights(config.adapter)).hexdigest() if config.adapter else ""
 
 
 def _mllm_sha256(config: MllmConfig) -> str:
-    if config.is_served:
+    if config.backend == "served":
         return ""
-    prefix = next((p for p in ("hf:", "vllm:") if config.name.startswith(p)), "")
-    folder = Path(config.name.removeprefix(prefix))
-    if prefix:
-        return _folder_sha256(folder) if folder.is_dir() else ""  # else a name on the hub
-    return _folder_sha256(model_folder(config.name))
+    if config.backend == "local":
+        return _folder_sha256(model_folder(config.place))
+    folder = Path(config.place)
+    return _folder_sha256(folder) if folder.is_dir() else ""  # else a name on the hub
 
 
 def _folder_sha256(folder: Path) -> str:

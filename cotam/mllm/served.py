@@ -13,6 +13,7 @@ import openai
 from openai.types.chat import ChatCompletion
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
+from cotam.errors import with_type
 from cotam.image import RGBImage, encode_image
 from cotam.mllm.backend import Asked, MllmConfig, MllmError
 
@@ -111,7 +112,7 @@ class ServedMllm:
         """The endpoint's; what it says it does not know of our options is left out from then on."""
         content = [
             {"type": "image_url", "image_url": {"url": url}},
-            {"type": "text", "text": self.config.asked(question)},
+            {"type": "text", "text": self.config.prompt_for(question)},
         ]
         options = self._options
         while True:
@@ -133,7 +134,7 @@ class ServedMllm:
                 self._options = options
 
     def _one_line(self, error: Exception) -> str:
-        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        text = with_type(error)
         return (text.replace(self._key, "***") if self._key else text)[:300]  # some endpoints repeat the key
 
 

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cotam.sceneqa.tokenizer import ASSISTANT, BOS, EOS, IMAGE, PAD, SPECIAL_TOKENS, UNKNOWN, USER, build_tokenizer
+from cotam.sceneqa.tokenizer import ASSISTANT, BOS, EOS, IMAGE, PAD, TOKEN_IDS, UNKNOWN, USER, build_tokenizer
 
 # A conversation: every message is its role, its images, its text; an answer ends with </s>.
 CHAT_TEMPLATE = (
@@ -60,7 +60,6 @@ def make_llava(
         hidden_act="gelu",
         projection_dim=visual.output_dim,
     )
-    ids = {token: SPECIAL_TOKENS.index(token) for token in SPECIAL_TOKENS}
     text = LlamaConfig(
         vocab_size=build_tokenizer().get_vocab_size(),
         hidden_size=hidden,
@@ -68,15 +67,15 @@ def make_llava(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         max_position_embeddings=1024,
-        pad_token_id=ids[PAD],
-        bos_token_id=ids[BOS],
-        eos_token_id=ids[EOS],
+        pad_token_id=TOKEN_IDS[PAD],
+        bos_token_id=TOKEN_IDS[BOS],
+        eos_token_id=TOKEN_IDS[EOS],
         tie_word_embeddings=True,
     )
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=ids[IMAGE],
+        image_token_index=TOKEN_IDS[IMAGE],
         image_seq_length=visual.grid_size[0] * visual.grid_size[1],
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
@@ -111,7 +110,7 @@ def make_tokenizer(for_clip: bool = False) -> PreTrainedTokenizerFast:
     """
     tokenizer = build_tokenizer()
     if for_clip:
-        ends = [(token, SPECIAL_TOKENS.index(token)) for token in (BOS, EOS)]
+        ends = [(token, TOKEN_IDS[token]) for token in (BOS, EOS)]
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A {EOS}", special_tokens=ends)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

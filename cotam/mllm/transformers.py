@@ -14,8 +14,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 from transformers.utils import logging
 
 from cotam.adapter import Adapter, check_fit, first_layer, load_adapter, tower_sha256
-from cotam.mllm.backend import Asked, Mllm, MllmConfig, MllmError, answer_apart
-from cotam.models.transforms import LATENT_STRIDE
+from cotam.config import LATENT_STRIDE
+from cotam.errors import one_line
+from cotam.mllm.backend import Asked, Mllm, MllmConfig, MllmError, answer_by_bisection
 from cotam.weights import model_folder
 
 _MAX_SEQUENCES = 64  # of one call of generate
@@ -25,8 +26,8 @@ _CLIP = "clip_vision_model"
 def load_transformers(config: MllmConfig, device: str, codec_sha256: str = "") -> Mllm:
     """Load a packaged name, a folder, or hf:NAME; only safetensors. Errors as of ``load_mllm``."""
     logging.disable_progress_bar()
-    is_hub = config.name.startswith("hf:")
-    place = config.name.removeprefix("hf:") if is_hub else str(model_folder(config.name))
+    is_hub = config.backend == "hf"
+    place = config.place if is_hub else str(model_folder(config.place))
     try:
         # No code that comes with a model, and no pickle.
         processor = AutoProcessor.from_pretrained(place, local_files_only=not is_hub, trust_remote_code=False)
@@ -34,7 +35,7 @@ def load_transformers(config: MllmConfig, device: str, codec_sha256: str = "") -
             place, local_files_only=not is_hub, use_safetensors=True, trust_remote_code=False, dtype="auto"
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(f"cannot load MLLM {config.name}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"cannot load MLLM {config.name}: {one_line(error)[:300]}") from error
     tower = ""
     # Pixtral is of this class, too, but its tower has no token of its own beside the patches, and images of any shape.
     vision: Any = getattr(model.config, "vision_config", None)
@@ -73,7 +74,9 @@ class TransformersMllm:
         while pairs:
             chunk, pairs = pairs[: self._max_sequences], pairs[self._max_sequences :]
             # An image that the processor does not take must not fail the others.
-            found = answer_apart(lambda some: self._generate(asked, some), chunk, (ValueError, torch.OutOfMemoryError))
+            found = answer_by_bisection(
+                lambda some: self._generate(asked, some), chunk, (ValueError, torch.OutOfMemoryError)
+            )
             for (k, _), answer in zip(chunk, found, strict=True):
                 answers[k].append(answer)
         return answers
@@ -112,7 +115,7 @@ class TransformersMllm:
         return bool(first) and all(prompt.startswith(first) for prompt in prompts)
 
     def _prompt(self, question: str) -> str:
-        text = self.config.asked(question)
+        text = self.config.prompt_for(question)
         if token := getattr(self.processor, "image_token", None):
             text = text.replace(token, " ")  # an image more than there is would fail the whole batch
         content = [{"type": "image"}, {"type": "text", "text": text}]
@@ -123,7 +126,9 @@ class TransformersMllm:
 
 
 class LlavaMllm(TransformersMllm):
-    """LLaVA: visual tokens are computed once an image, whatever the number of questions, and may get an adapter's.
+    """LLaVA: visual tokens are computed once an image, whatever the number of questions.
+
+    Where items come with latents, an adapter's tokens are added.
 
     Attributes:
         tower: the image tower. tower_sha256: of it as it is stored.
@@ -136,7 +141,7 @@ class LlavaMllm(TransformersMllm):
         self.tower, self.tower_sha256 = model.model.vision_tower, tower_sha256
         self.adapter: Adapter | None = None
         if config.adapter:
-            self.adapter = load_adapter(config.adapter).model.to(model.device)
+            self.adapter = load_adapter(config.adapter).to(model.device)
             check_fit(self.adapter, codec_sha256, tower_sha256)
 
     def _inputs(self, asked: Sequence[Asked], pairs: Sequence[tuple[int, str]]) -> dict[str, Tensor]:
@@ -159,14 +164,13 @@ class LlavaMllm(TransformersMllm):
         images = [Image.fromarray(item.image) for item in asked]
         pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
         pixels = pixels.to(self.model.device, dtype=self.model.dtype)
-        if self.adapter is None:
+        if self.adapter is None or all(item.y_hat is None for item in asked):
             return torch.stack(list(self.model.model.get_image_features(pixels).pooler_output))
         patch = self.model.config.vision_config.patch_size
         rows, columns = pixels.shape[2] // patch, pixels.shape[3] // patch
         tokens = []
         for item in asked:
-            if item.y_hat is None:
-                raise ValueError("visual tokens need bitstreams: SRC must be the output of `cotam encode`")
+            assert item.y_hat is not None, "latents of all images of a call, or of none"
             seen = seen_part(item.y_hat, item.image.shape[:2], self.processor.image_processor)
             tokens.append(self.adapter(seen[None].to(self.model.device), rows, columns)[0])
         with adding_tokens(self.tower, torch.stack(tokens)):

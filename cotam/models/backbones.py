@@ -1,4 +1,7 @@
-"""The backbones a codec can have: a pair of transforms with stride 16, and how they start. A new one is added here."""
+"""The backbones a codec can have: a pair of transforms with stride 16, and how they start.
+
+A new one is a name in ``cotam.config.BACKBONES``, its sizes as fields of ``CodecConfig``, and its branch here.
+"""
 
 from __future__ import annotations
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cotam.config import Q_STEPS, CodecConfig
+from cotam.config import HYPER_STRIDE, LATENT_STRIDE, Q_STEPS, CodecConfig
 from cotam.entropy.rans import SYMBOL_MAX
-from cotam.entropy.tables import NUM_SCALES, PRECISION_BITS
+from cotam.entropy.tables import NUM_SCALES, NUM_SKIPPED_SCALES, PRECISION_BITS
 from cotam.models.backbones import backbone
 from cotam.models.entropy_model import (
     MEAN_STEPS,
-    NUM_SKIPPED_SCALES,
     EntropyParameters,
     GaussianParams,
     Hyper,
@@ -32,10 +31,8 @@ from cotam.models.halves import merge_halves, split_halves
 from cotam.models.integer import ACTIVATION_MAX, BIAS_UNIT, IntConv2d
 from cotam.models.layers import pad_to_multiple, round_ste
 from cotam.models.tiling import Tile, map_tiles
-from cotam.models.transforms import LATENT_STRIDE, AnalysisTransform, SynthesisTransform
 
-_DEAD_ZONE_STRENGTH = 0.65  # all of it cuts off too much, as real residuals have heavier tails (measured)
-HYPER_STRIDE = 4  # z positions are 4x4 latent positions
+_DEAD_ZONE_STRENGTH = 0.65  # of the optimal dead zone: all of it zeroes too much, as real residuals have heavier tails
 HYPER_HALO = 4  # h_a reads 1 latent position around, h_s 1 at 1/16 and 1 at 1/32
 CONTEXT_HALO = 1
 
@@ -127,11 +124,6 @@ class CodecModel(nn.Module):
         self.z_log_scale = nn.Parameter(torch.zeros(config.num_levels, config.N_z))
 
     @property
-    def num_q(self) -> int:
-        """Number of quality indexes."""
-        return self.config.num_q
-
-    @property
     def halo(self) -> int:
         """How far outputs of ``g_a`` and ``g_s`` depend on inputs, in latent positions."""
         return self._backbone.halo
@@ -146,8 +138,9 @@ class CodecModel(nn.Module):
 
     def use_low_precision(self, low: bool) -> None:
         """Run the bodies of the transforms, of a backbone that has them, in bfloat16; nothing exact depends on them."""
-        for transform in (self.g_a, self.g_s):
-            if isinstance(transform, AnalysisTransform | SynthesisTransform):
+        transforms: tuple[Any, ...] = self.g_a, self.g_s
+        for transform in transforms:
+            if hasattr(transform, "low_precision"):
                 transform.low_precision = low
 
     @torch.no_grad()
@@ -155,7 +148,7 @@ class CodecModel(nn.Module):
         """Start the transforms from ``patches``, (P, 768) unshuffled 16x16 blocks, and the scales at what they give."""
         deviation = self._backbone.init(self.g_a, self.g_s, patches)
         gain = self.gains.log_gain
-        per_q = float(gain[-1, 0] - gain[0, 0]) / (self.num_q - 1)
+        per_q = float(gain[-1, 0] - gain[0, 0]) / (self.config.num_q - 1)
         self.entropy_parameters.init_scales(0.7 * deviation * gain[0].exp(), per_q)  # local, so below the global one
 
     @torch.no_grad()
@@ -260,7 +253,7 @@ class CodecModel(nn.Module):
         def hyper_analyse(tile: Tile) -> tuple[Tensor]:
             return (self.h_a(tile.cut(y)).float().round_(),)
 
-        (y,) = map_tiles(analyse, height, width, self._backbone.halo)
+        (y,) = map_tiles(analyse, height, width, self.halo)
         (z,) = map_tiles(hyper_analyse, height, width, HYPER_HALO, down=HYPER_STRIDE)
         y_first, y_second = split_halves(y)
         hyper, first = self.decompress_first(z, q, height, width)

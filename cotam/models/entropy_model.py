@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cotam.config import CodecConfig
+from cotam.config import HYPER_STRIDE, CodecConfig
 from cotam.entropy.tables import NUM_SCALES, SCALE_MAX, SCALE_MIN
 from cotam.models.halves import Checkerboard, checkerboard, split_halves, spread_first
 from cotam.models.integer import ACTIVATION_MAX, BIAS_UNIT, IntConv2d
@@ -34,7 +34,6 @@ FEATURE_STEPS = 16  # features are 0 to 8 in steps of 1/16: in whole steps most 
 COARSE_STEP = 4  # quantisation steps of y in one of the z channels that start as its mean over 4x4 positions
 NUM_COARSE = 16  # how many do; y's channels start in the order of their energy
 COARSE_VIEW = 16  # the context sees y_hat twice: fine to +-16 steps, 16 times coarser to +-254
-NUM_SKIPPED_SCALES = 3  # below this index (a deviation of 0.16 steps) an element is 0 and not coded at all
 _LOG_SCALE_STEP = math.log(SCALE_MAX / SCALE_MIN) / (NUM_SCALES - 1)
 
 
@@ -79,8 +78,8 @@ class HyperAnalysis(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         # Amplitudes span three decades over channels and qualities; asinh keeps them in a workable range.
-        y = pad_to_multiple(y, 4)
-        coarse = self.pool(F.avg_pool2d(y, 4))
+        y = pad_to_multiple(y, HYPER_STRIDE)
+        coarse = self.pool(F.avg_pool2d(y, HYPER_STRIDE))
         magnitudes = y.abs()
         magnitudes = torch.log(magnitudes + torch.sqrt(y * y + 1))  # asinh, which torch computes one by one on a CPU
         # Means need signs, scales magnitudes.
@@ -108,8 +107,8 @@ class HyperSynthesis(nn.Module):
         x = self.mix1(self.spatial1(F.pixel_shuffle(self.up1(z_hat), 2)))
         features = self.mix2(self.spatial2(F.pixel_shuffle(self.up2(x), 2)), q)
         # Weights are eighths on each axis, so 16-bit integers times 1/64: exact in float32.
-        coarse = F.interpolate(self.coarse(z_hat), scale_factor=4, mode="bilinear", align_corners=False)
-        return Hyper(features, *split_halves(round_ste(coarse) if torch.is_grad_enabled() else coarse.round_()))
+        coarse = F.interpolate(self.coarse(z_hat), scale_factor=HYPER_STRIDE, mode="bilinear", align_corners=False)
+        return Hyper(features, *split_halves(round_ste(coarse)))
 
 
 class ParameterHead(nn.Module):
@@ -179,7 +178,7 @@ class EntropyParameters(nn.Module):
 
     def hyper(self, z_hat: Tensor, q: Tensor, height: int, width: int) -> Hyper:
         """What the hyper-latent says on the latent grid of ``height`` x ``width``."""
-        hyper = self.h_s(z_hat, pad_to_multiple(q, 4) if q.shape[-2:] != (1, 1) else q)
+        hyper = self.h_s(z_hat, pad_to_multiple(q, HYPER_STRIDE) if q.shape[-2:] != (1, 1) else q)
         features, *coarse = (t[..., :height, :width] for t in hyper)
         return Hyper(features, *(half * self.in_use(q) for half in coarse))
 
@@ -200,7 +199,7 @@ class EntropyParameters(nn.Module):
     def second_params(self, hyper: Hyper, y_first: Tensor, q: Tensor) -> GaussianParams:
         """Parameters of the second half, given the first as ``y_first`` (B, M/2, h, w), y_hat in 1/MEAN_STEPS."""
         fine = spread_first(y_first - hyper.coarse_first)
-        coarse = round_ste(fine / COARSE_VIEW) if torch.is_grad_enabled() else (fine / COARSE_VIEW).round()
+        coarse = round_ste(fine / COARSE_VIEW)
         # Signs and magnitudes: means follow the one, scales the other.
         views = torch.cat([fine, coarse, fine.abs()], dim=1).clamp_(-ACTIVATION_MAX, ACTIVATION_MAX)
         context = self.squeeze(self.context(views))

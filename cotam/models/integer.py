@@ -76,7 +76,8 @@ class IntConv2d(nn.Module):
         causal: of the 3x3 positions only those before the middle one in raster order have weights.
         low, high: output clip; (0, 127) is a ReLU that stays in range, (-127, 127) a linear layer.
         quality_bias: add ``q`` times a learned integer to every position.
-        unit: the parameter behind a weight of ``unit`` is 1: how far apart input and output scales are.
+        unit: factor from a parameter to its integer-valued weight; near the ratio of output to input scale, so that
+            parameters start near 1.
         in_steps, out_steps: how many integers make 1 in the input and in the output, as the parameters see them: enough
             that rounding loses nothing, few enough that the clip does not.
     """
@@ -101,7 +102,7 @@ class IntConv2d(nn.Module):
         if depthwise and out_channels % in_channels:
             raise ValueError("a depthwise layer has a whole number of filters a channel")
         self.depthwise, self.low, self.high, self.quality_bias = depthwise, low, high, quality_bias
-        # What the parameters are times to give real-valued weights, biases and gains of integers.
+        # Factors that turn parameters into the unrounded integer weights, biases and gains.
         self.units = {"weight": unit * out_steps / in_steps, "bias": BIAS_UNIT * out_steps, "gain": out_steps}
         self.register_buffer("_mask", torch.tensor(_CAUSAL) if causal else None, persistent=False)
         shape = (out_channels, 1, 3, 3) if depthwise else (out_channels, in_channels, 1, 1)

@@ -13,7 +13,8 @@ Module = TypeVar("Module", bound=nn.Module)
 
 def round_ste(x: Tensor) -> Tensor:
     """Round half to even; the gradient passes through unchanged."""
-    return x + (torch.round(x) - x).detach()
+    rounded = torch.round(x)
+    return x + (rounded - x).detach() if torch.is_grad_enabled() else rounded
 
 
 def clamp_ste(x: Tensor, low: float, high: float) -> Tensor:

@@ -16,10 +16,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from cotam.config import CodecConfig
+from cotam.config import LATENT_STRIDE, CodecConfig
 from cotam.models.layers import DepthwiseBlock, init_unit, join_blocks, start_at_zero
 
-LATENT_STRIDE = 16
 # What a body's unit-variance features add, so that steps of the optimiser are small against a quantisation step.
 _Y_SCALE = 0.3
 _PIXEL_SCALE = 0.1

@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from cotam.baselines import bytes_at_psnr
-from cotam.codec import Codec
 from cotam.image import RGBImage, decode_image
 from cotam.metrics import bpp, psnr_rgb
+from cotam.pinned import codec_of
 from cotam.report.page import picture, plot, table
 from cotam.store.partitions import Partition
 from cotam.store.readers import read_partition
@@ -67,7 +67,7 @@ def photograph_parts(stores: Mapping[float, str], shown_quality: float) -> list[
 
 def _results(store: RunStore) -> list[_Result]:
     config = store.manifest()["config"]
-    codec = Codec.load(config["model"], max_pixels=config["max_pixels"])
+    codec = codec_of(config)
     results = []
     for record in store.completions():
         originals = _samples(record.source)

@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cotam.codec import Codec
 from cotam.picture import write_picture
+from cotam.pinned import codec_of
 from cotam.report.page import png_file, table
 from cotam.store.records import RunStore
 from cotam.store.shard import read_rows
@@ -25,12 +25,12 @@ def scene_parts(encoded: str, answers: str, folder: Path) -> list[str]:
         encoded, answers: the two stores.
         folder: local; gets the pictures.
     """
-    store, asked = RunStore(encoded), RunStore(answers)
-    config, metrics = store.manifest()["config"], asked.root.read_json("metrics.json")
+    store, asked_store = RunStore(encoded), RunStore(answers)
+    config, metrics = store.manifest()["config"], asked_store.root.read_json("metrics.json")
     predictions: dict[str, list[Mapping[str, Any]]] = {}
-    for row in read_predictions(asked.root, [record.data for record in asked.completions()]):
+    for row in read_predictions(asked_store.root, [record.data for record in asked_store.completions()]):
         predictions.setdefault(row["key"], []).append(row)
-    codec = Codec.load(config["model"], max_pixels=config["max_pixels"])
+    codec = codec_of(config)
     parts = [
         "<h2>Questions about scenes</h2>",
         f"<p>{metrics['num_questions']} questions about {metrics['num_images']} images, encoded with"

@@ -15,7 +15,7 @@ CHARACTERS = string.ascii_lowercase + string.digits
 NUM_CLASSES = (1 + len(SHAPES), 1 + len(COLOURS), 1 + len(RADII))  # of the first fields of PatchLabels
 NUM_CHARACTER_CLASSES = 1 + len(CHARACTERS)
 COLUMNS_PER_PATCH = 2  # small letters are half a patch wide
-_REACH = 0.7  # of the radius: nearer patches show the object
+_REACH = 0.7  # patches whose centre is within this fraction of an object's radius are labelled with it
 
 
 class PatchLabels(NamedTuple):

@@ -19,7 +19,7 @@ _LOCK = "_cotam/lock.json"
 _CLAIM = "_cotam/takeover.json"
 _HEARTBEAT_S = 20.0
 _STALE_S = 90.0
-_INTERRUPT = signal.SIGUSR2  # as Ctrl-C, whose own signal is ignored by what a script runs in the background
+_INTERRUPT = signal.SIGUSR2  # raises KeyboardInterrupt; not SIGINT, which shells make background jobs ignore
 
 
 class StoreError(ValueError):
@@ -44,7 +44,7 @@ def store_lock(root: Root) -> Iterator[None]:
         "started": _started(os.getpid()),
     }
     _take_lock(root, {**owner, "heartbeat": time.time()})
-    if (held := _read_lock(root)) is None or held["token"] != token:  # of those that started at once
+    if (held := _read_lock(root)) is None or held["token"] != token:  # several wrote it at once: the last one holds it
         raise StoreError(f"another job has just started on {root.uri}; wait for it or choose another DST")
     stop, lost = threading.Event(), threading.Event()
     is_main = threading.current_thread() is threading.main_thread()

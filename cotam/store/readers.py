@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
+from cotam.errors import one_line
 from cotam.overlap import ordered_map
 from cotam.store.fs import split_uri
 from cotam.store.partitions import Partition
@@ -157,10 +158,6 @@ def key_column(schema: pa.Schema) -> str | None:
     return None
 
 
-def _read_tar(partition: Partition) -> Iterator[Sample | Reject]:
-    return read_tar(partition.source)
-
-
 def key_of_file(path: str) -> str:
     """The key of a loose file: its path, with replacement characters for bytes that are not UTF-8."""
     return path.encode(errors="surrogateescape").decode(errors="replace")
@@ -226,7 +223,7 @@ def _read_parquet(partition: Partition) -> Iterator[Sample | Reject]:
             except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
                 if file.error is not None:
                     raise file.error from None
-                reason = " ".join(str(error).split())
+                reason = one_line(error)
             if last - row > _MAX_LOST_ROWS:
                 raise ValueError(f"row group {k} is damaged, {last - row} rows from row {row} on: {reason}")
             for lost in range(row, last):
@@ -254,7 +251,7 @@ def _row(batch: pa.RecordBatch, k: int) -> tuple[dict[str, Any], str | None]:
         try:
             values[name] = column[k].as_py()
         except (pa.ArrowException, ValueError, OverflowError) as error:
-            problem = f"row cannot be read: {' '.join(str(error).split())} (column {name})"
+            problem = f"row cannot be read: {one_line(error)} (column {name})"
     return values, problem
 
 
@@ -291,11 +288,12 @@ def _arrow_errors(file: SourceFile) -> Iterator[None]:
     except (pa.ArrowException, OSError) as error:
         if file.error is not None:
             raise file.error from None
-        raise ValueError(f"not a Parquet file that can be read: {' '.join(str(error).split())}") from None
+        raise ValueError(f"not a Parquet file that can be read: {one_line(error)}") from None
 
 
+# A new kind also needs its listing in pipelines/sources.py and, to find a row's original again, ``find_sample``.
 _READERS: dict[str, Callable[[Partition], Iterator[Sample | Reject]]] = {
-    "tar": _read_tar,
+    "tar": lambda partition: read_tar(partition.source),
     "files": _read_files,
     "parquet": _read_parquet,
 }

@@ -18,8 +18,11 @@ from cotam.credentials import redact
 from cotam.store.fs import Root
 from cotam.store.ids import difference, each, ids_of, in_order
 from cotam.store.lock import StoreError, store_lock
+from cotam.store.shard import rejects_path
 
 MANIFEST = "_cotam/manifest.json"
+# What is added up over completion records.
+SUMMED = ("num_images", "num_rows", "num_rejects", "num_pixels", "source_num_bytes", "bitstream_num_bytes")
 _JOB = "_cotam/job.json"
 _PACKAGES = ("cotam", "torch", "ray", "pyarrow", "numpy", "numba", "pillow")
 
@@ -76,7 +79,7 @@ class RunStore:
         """Record this run's identity, or check it against the one that is there.
 
         Args:
-            kind: "encode" or "decode".
+            kind: "encode", "decode", "infer" or "sweep".
             config: everything that the output depends on, JSON-serialisable.
             sources: what the user named as SRC.
 
@@ -159,31 +162,31 @@ class RunStore:
             StoreError: one is none, or not of its partition; whoever may write to the store may write anything.
         """
         ids = in_order(self.completed_ids()) if ids is None else ids
-        records = self.root.read_jsons(f"_cotam/completed/{name}.json" for name in each(ids))
+        records = self.root.read_jsons(_path("completed", name) for name in each(ids))
         for name, values in zip(each(ids), records, strict=True):
-            yield parse_completion(values, name, f"{self.root.uri}/_cotam/completed/{name}.json")
+            yield parse_completion(values, name, f"{self.root.uri}/{_path('completed', name)}")
 
     def is_complete(self, partition_id: str) -> bool:
         """Whether a partition has a completion record."""
-        return self.root.exists(f"_cotam/completed/{partition_id}.json")
+        return self.root.exists(_path("completed", partition_id))
 
     def discard(self, record: Completion) -> None:
         """Remove a finished partition: its output, its rejects, and last its record."""
         self._remove_data(record.data)
-        self.root.remove(f"_cotam/rejects/{record.partition_id}.parquet")
-        self.root.remove(f"_cotam/completed/{record.partition_id}.json")
+        self.root.remove(rejects_path(record.partition_id))
+        self.root.remove(_path("completed", record.partition_id))
 
     def complete(self, record: Completion) -> None:
         """Write a completion record, and forget earlier failures of the partition."""
-        self.root.write_json(f"_cotam/completed/{record.partition_id}.json", dataclasses.asdict(record))
+        self.root.write_json(_path("completed", record.partition_id), dataclasses.asdict(record))
         with contextlib.suppress(OSError):  # what counts is written; what is left is seen to be out of date
-            self.root.remove(f"_cotam/failed/{record.partition_id}.json")
-            self.root.remove(f"_cotam/attempts/{record.partition_id}.json")
+            self.root.remove(_path("failed", record.partition_id))
+            self.root.remove(_path("attempts", record.partition_id))
 
     def fail(self, partition_id: str, source: str, error: str) -> None:
         """Record a partition that could not be processed."""
         self.root.write_json(
-            f"_cotam/failed/{partition_id}.json",
+            _path("failed", partition_id),
             {"partition_id": partition_id, "source": source, "error": redact(error)},
         )
 
@@ -194,7 +197,7 @@ class RunStore:
             failed = difference(failed, self.completed_ids())
         names = list(each(in_order(failed)))
         # What is gone has been finished by a job beside this one meanwhile.
-        records = self.root.read_jsons((f"_cotam/failed/{name}.json" for name in names), may_be_gone=True)
+        records = self.root.read_jsons((_path("failed", name) for name in names), may_be_gone=True)
         return [_failure(values, name) for name, values in zip(names, records, strict=True) if values is not None]
 
     def forget_attempts(self, pending: pa.ChunkedArray) -> None:
@@ -212,7 +215,7 @@ class RunStore:
             for name in abandoned:
                 self._remove_data(f"data/{name}")
         for name in each(begun):
-            self.root.remove(f"_cotam/attempts/{name}.json")
+            self.root.remove(_path("attempts", name))
 
     def _remove_data(self, path: str) -> None:
         if "." in path:
@@ -222,7 +225,7 @@ class RunStore:
 
     def count_attempt(self, partition_id: str) -> int:
         """Note that a worker starts on a partition. Returns how many started on it before and did not come back."""
-        path = f"_cotam/attempts/{partition_id}.json"
+        path = _path("attempts", partition_id)
         noted = self.root.read_json(path) if self.root.exists(path) else {}
         before = noted["attempts"] if isinstance(noted, dict) and isinstance(noted.get("attempts"), int) else 0
         self.root.write_json(path, {"attempts": before + 1})
@@ -234,6 +237,10 @@ class RunStore:
     def lock(self) -> AbstractContextManager[None]:
         """Hold the store for one job. Raises StoreError as ``store_lock``."""
         return store_lock(self.root)
+
+
+def _path(folder: str, partition_id: str) -> str:
+    return f"_cotam/{folder}/{partition_id}.json"
 
 
 def parse_completion(values: Any, partition_id: str, where: str) -> Completion:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 SCHEMA_VERSION = 1
+RejectStage = Literal["read", "decode", "importance", "questions", "encode"]
 
 SHARD_FIELDS = (
     pa.field("key", pa.string()),
@@ -87,14 +88,14 @@ class Reject:
 
     Attributes:
         key, source: as in ``Sample``.
-        stage: "read", "decode", "importance", "encode" or "verify".
+        stage: at which it stopped.
         error: why, in one line.
         image: the original bytes, or None where there are none.
     """
 
     key: str
     source: str
-    stage: str
+    stage: RejectStage
     error: str
     image: bytes | None = None
 

@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 
 from fsspec.config import conf
 
+from cotam.errors import one_line
+
 
 def set_storage_options(text: str) -> None:
     """Use options for every s3:// URI that this process opens from now on.
@@ -80,4 +82,4 @@ def _check_botocore_config(options: dict[str, Any]) -> None:
     try:
         Config(**options)
     except (TypeError, ValueError, BotoCoreError) as error:
-        raise ValueError(f"storage option config_kwargs: {' '.join(str(error).split())}") from None
+        raise ValueError(f"storage option config_kwargs: {one_line(error)}") from None

@@ -12,6 +12,7 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from typing import IO, Any, cast
 
+from cotam.errors import one_line
 from cotam.store.schema import Reject, Sample
 from cotam.store.source_file import SourceFile, decompressed
 
@@ -46,7 +47,7 @@ def read_tar(source: str) -> Iterator[Sample | Reject]:
         except Exception as error:  # tarfile and decompressors raise whatever they like on bad bytes
             if file.error is not None:
                 raise file.error from None
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error)
             yield tar.damage(f"tar is damaged after {tar.num_samples} samples: {reason}")
 
 

@@ -8,13 +8,12 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from cotam.codec import Codec
+from cotam.errors import one_line
 from cotam.store.ids import difference, each, ids_of, in_order
 from cotam.store.records import Completion, RunStore
 from cotam.store.schema import Reject
 from cotam.store.shard import read_rejects, read_rows, rejects_path
 from cotam.stream import decode_stream
-
-_READ_BYTES = 2**22
 
 
 class ShardReport(NamedTuple):
@@ -48,7 +47,7 @@ def verify_shard(store: RunStore, record: Completion, codec: Codec | None) -> Sh
             if isinstance(item, Reject):
                 problems.append(f"{record.data}: {item.key}: {item.error}")
     except (OSError, ValueError, pa.ArrowException) as error:
-        problems.append(f"{record.data}: cannot be read: {' '.join(str(error).split())}")
+        problems.append(f"{record.data}: cannot be read: {one_line(error)}")
         return ShardReport(num_rows, problems)
     if num_rows != record.num_rows:
         problems.append(f"{record.data}: {num_rows} rows, its record says {record.num_rows}")
@@ -58,8 +57,5 @@ def verify_shard(store: RunStore, record: Completion, codec: Codec | None) -> Sh
 
 
 def _sha256(store: RunStore, path: str) -> str:
-    digest = hashlib.sha256()
     with store.root.fs.open(store.root.join(path), "rb") as file:
-        while piece := file.read(_READ_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

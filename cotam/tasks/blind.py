@@ -7,19 +7,11 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from cotam.tasks.questions import Question
 from cotam.tasks.scores import Score
 
 _MAX_QUESTIONS = 200_000  # in memory
 _HASH_BITS = 31
-
-
-class AskedQuestion(NamedTuple):
-    """A question's text, its type and level, and its answers."""
-
-    text: str
-    type: str
-    level: str
-    answers: tuple[str, ...]
 
 
 class BlindScores(NamedTuple):
@@ -43,9 +35,9 @@ class BlindSample:
 
     def __init__(self, max_questions: int = _MAX_QUESTIONS) -> None:
         self._max_questions, self._limit = max_questions, 2**_HASH_BITS
-        self._asked: list[tuple[int, AskedQuestion]] = []
+        self._asked: list[tuple[int, Question]] = []
 
-    def add(self, image: int, questions: Sequence[AskedQuestion]) -> None:
+    def add(self, image: int, questions: Sequence[Question]) -> None:
         """Add an image by its number."""
         mixed = zlib.crc32(b"%d" % image)  # corpora may alternate between kinds of images
         if mixed % 2**_HASH_BITS < self._limit:
@@ -54,18 +46,18 @@ class BlindSample:
             self._limit //= 2
             self._asked = [(mixed, q) for mixed, q in self._asked if mixed % 2**_HASH_BITS < self._limit]
 
-    def guesses(self) -> list[tuple[AskedQuestion, str]]:
+    def guesses(self) -> list[tuple[Question, str]]:
         """Every question of the sample, and the answer that one would guess."""
         by_text: dict[tuple[int, str], Counter[str]] = defaultdict(Counter)
         by_type: dict[tuple[int, str], Counter[str]] = defaultdict(Counter)
         for mixed, question in self._asked:
-            by_text[_half(mixed), question.text][question.answers[0]] += 1
+            by_text[_half(mixed), question.question][question.answers[0]] += 1
             by_type[_half(mixed), question.type][question.answers[0]] += 1
         best_of_text, best_of_type = _most_frequent(by_text), _most_frequent(by_type)
         guesses = []
         for mixed, question in self._asked:
             other = 1 - _half(mixed)
-            guess = best_of_text.get((other, question.text), best_of_type.get((other, question.type), ""))
+            guess = best_of_text.get((other, question.question), best_of_type.get((other, question.type), ""))
             guesses.append((question, guess))
         return guesses
 

@@ -100,8 +100,8 @@ def saving(reference: Curve, test: Curve, seed: int = 0) -> Saving | None:
     regression). The interval comes from resampling images, the same for both curves.
 
     Returns:
-        None where the curves share no range of scores that is wider than a point of theirs is sure to (twice the
-        standard error): a saving over less would be chance.
+        None if the range of scores that both curves reach is narrower than twice the points' mean standard error: a
+        saving there would be chance.
     """
     estimate = _saving(reference, test, None)
     if estimate is None:

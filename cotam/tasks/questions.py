@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from cotam.errors import one_line
 from cotam.store.fs import split_uri
 
 SCENEQA_MEMBER = "member:questions.json"
@@ -42,11 +43,8 @@ class QuestionSource:
         task: a .jsonl or .parquet file, "member:NAME", or "sceneqa", whose samples bring theirs as a member.
         sha256: of the file, where it has to be that one.
 
-    Attributes:
-        num_questions: in the file; None for a member.
-
     Raises:
-        ValueError, OSError: as ``read_questions``, or another file than that of ``sha256``.
+        ValueError, OSError: as ``read_questions``, another file than that of ``sha256``, or one without questions.
     """
 
     def __init__(self, task: str, sha256: str | None = None) -> None:
@@ -55,7 +53,8 @@ class QuestionSource:
         task = SCENEQA_MEMBER if task == "sceneqa" else task
         self._member = task.removeprefix("member:") if task.startswith("member:") else None
         self._by_key = read_questions(task) if self._member is None else {}
-        self.num_questions = sum(map(len, self._by_key.values())) if self._member is None else None
+        if self._member is None and not self._by_key:
+            raise ValueError(f"{task} has no questions")
 
     def __call__(self, key: str, members: Mapping[str, Any]) -> list[Question]:
         """Of the image ``key``; none where nobody asks. Raises ValueError where the member is no list of questions."""
@@ -142,4 +141,4 @@ def _question(row: Mapping[str, Any]) -> Question:
 
 
 def _reason(error: Exception) -> str:
-    return f"no {error.args[0]!r}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+    return f"no {error.args[0]!r}" if isinstance(error, KeyError) else one_line(error)[:300]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import Any
@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cotam.store.fs import Root
-from cotam.tasks.blind import AskedQuestion, BlindSample
+from cotam.tasks.blind import BlindSample
 from cotam.tasks.intervals import ImageSums
+from cotam.tasks.questions import Question
 from cotam.tasks.scores import METRICS, Metric, Score, is_yes, yes_no
 
 PREDICTION_SCHEMA = pa.schema(
@@ -38,23 +39,6 @@ Row = Mapping[str, Any]  # of PREDICTION_SCHEMA
 Rows = Callable[[], Iterable[Row]]  # from the first one each time; memory does not hold them all
 
 
-class _Mean:
-    """A mean over questions."""
-
-    def __init__(self, metric: Metric) -> None:
-        self.sums = ImageSums(metric.max_score, metric.is_graded)
-
-    def result(self, blind: float | None) -> dict[str, Any]:
-        """JSON-serialisable."""
-        num = round(self.sums.questions)
-        return {
-            "score": self.sums.score / num,
-            "ci95": list(self.sums.interval()),
-            "num_questions": num,
-            "blind": blind,
-        }
-
-
 def score_of(metric: Metric, rows: Rows) -> Score:
     """A metric's score; one that needs the references of all ``rows`` reads them."""
     if metric.score is not None:
@@ -64,7 +48,7 @@ def score_of(metric: Metric, rows: Rows) -> Score:
 
 
 def score_row(row: Row, score: Score) -> float:
-    """What a row scores: what it says, or where it does not, by ``score``; 0 without an answer."""
+    """The row's stored score; if it has none, ``score`` of its prediction; 0 if there is no prediction."""
     if row["score"] is not None:
         return float(row["score"])
     return 0.0 if row["error"] is not None else score(row["prediction"], row["answers"])
@@ -89,9 +73,13 @@ def summarise(rows: Rows, metric: str) -> dict[str, Any]:
     """
     chosen = METRICS[metric]
     score = score_of(chosen, rows)
-    overall = _Mean(chosen)
-    by_type: dict[str, _Mean] = {}
-    by_level: dict[str, _Mean] = {}
+
+    def no_sums() -> ImageSums:
+        return ImageSums(chosen.max_score, chosen.is_graded)
+
+    overall = no_sums()
+    by_type: dict[str, ImageSums] = defaultdict(no_sums)
+    by_level: dict[str, ImageSums] = defaultdict(no_sums)
     binary: Counter[tuple[bool, bool]] = Counter()
     blind = BlindSample()
     num_images = num_errors = num_bytes = num_pixels = 0
@@ -102,12 +90,12 @@ def summarise(rows: Rows, metric: str) -> dict[str, Any]:
         num_bytes += asked[0]["num_bytes"]
         num_pixels += asked[0]["width"] * asked[0]["height"]
         num_errors += sum(row["error"] is not None for row in asked)
-        overall.sums.add(sum(scores), len(scores))
-        for means, name in ((by_type, "type"), (by_level, "level")):
+        overall.add(sum(scores), len(scores))
+        for sums, name in ((by_type, "type"), (by_level, "level")):
             for value in {row[name] for row in asked if row[name]}:
                 own = [s for s, row in zip(scores, asked, strict=True) if row[name] == value]
-                means.setdefault(value, _Mean(chosen)).sums.add(sum(own), len(own))
-        blind.add(num_images, [AskedQuestion(r["question"], r["type"], r["level"], tuple(r["answers"])) for r in asked])
+                sums[value].add(sum(own), len(own))
+        blind.add(num_images, [_question(row) for row in asked])
         for row in asked:
             right = {answer.strip().lower() for answer in row["answers"]}
             if right in ({"yes"}, {"no"}):
@@ -116,17 +104,28 @@ def summarise(rows: Rows, metric: str) -> dict[str, Any]:
     guessed = blind.scores(score)
     results: dict[str, Any] = {
         "num_images": num_images,
-        "num_questions": round(overall.sums.questions),
+        "num_questions": round(overall.questions),
         "num_errors": num_errors,
         "bpp": 8 * num_bytes / num_pixels if num_pixels else None,
         "metric": metric,
-        "overall": overall.result(guessed.overall) if overall.sums.images else None,
-        "by_type": {name: mean.result(guessed.by_type.get(name)) for name, mean in sorted(by_type.items())},
-        "by_level": {name: mean.result(guessed.by_level.get(name)) for name, mean in sorted(by_level.items())},
+        "overall": _result(overall, guessed.overall) if overall.images else None,
+        "by_type": {name: _result(sums, guessed.by_type.get(name)) for name, sums in sorted(by_type.items())},
+        "by_level": {name: _result(sums, guessed.by_level.get(name)) for name, sums in sorted(by_level.items())},
     }
     if binary:
         results["yes_no"] = yes_no(binary)._asdict()
     return results
+
+
+def _question(row: Row) -> Question:
+    asked = {name: row[name] for name in ("key", "question", "type", "level")}
+    return Question(**asked, answers=tuple(row["answers"]))
+
+
+def _result(sums: ImageSums, blind: float | None) -> dict[str, Any]:
+    """JSON-serialisable."""
+    num = round(sums.questions)
+    return {"score": sums.score / num, "ci95": list(sums.interval()), "num_questions": num, "blind": blind}
 
 
 def read_predictions(root: Root, paths: Iterable[str]) -> Iterator[dict[str, Any]]:

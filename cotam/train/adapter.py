@@ -75,15 +75,17 @@ class AdapterTrainer(Trainer[Adapter, AdapterBatch]):
     def batches(self) -> Iterator[AdapterBatch]:
         """Scenes, encoded and decoded at random qualities, half of them guided by importance."""
         config = self.config
-        first = self.step * self.num_ranks + self.rank
-        return scene_batches(config.data, config.image_px, self._random, config.batch_size, first, self.num_ranks)
+        return scene_batches(
+            config.data, config.image_px, self._random, config.batch_size, self.next_batch, self.num_ranks
+        )
 
     def losses(self, batch: AdapterBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """First-layer distillation, and after the warm-up that of the features that the MLLM reads."""
         low, high = self._distances(batch, self.forward)
-        with_high = self.progress() >= self.config.low_only
-        loss = TOTAL_WEIGHT * (self.config.first_layer_weight * low + (high if with_high else 0.0 * high))
-        return loss, {"first_layer": low.detach(), "features": high.detach()}
+        loss = self.config.first_layer_weight * low
+        if self.progress() >= self.config.low_only:
+            loss = loss + high
+        return TOTAL_WEIGHT * loss, {"first_layer": low.detach(), "features": high.detach()}
 
     @torch.no_grad()
     def evaluate(self) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from cotam.mllm.tiny import half_precision, make_tokenizer
 from cotam.sceneqa.questions import caption
-from cotam.sceneqa.tokenizer import BOS, EOS, PAD, SPECIAL_TOKENS, build_tokenizer
+from cotam.sceneqa.tokenizer import BOS, EOS, PAD, TOKEN_IDS, build_tokenizer
 from cotam.train.config import ClipTrainConfig
 from cotam.train.dense import PatchHeads, dense_accuracy, dense_loss, stack_labels
 from cotam.train.scenes import Example, held_out_examples, scene_batches, stack_images
@@ -82,8 +82,8 @@ def open_clip_config(config: ClipTrainConfig) -> dict[str, Any]:
         "layers": config.text_layers,
         "hf_tokenizer_name": "cotam-clip-tiny",  # the tokenizer beside the weights
         "pool_type": "eos",
-        "eos_id": SPECIAL_TOKENS.index(EOS),
-        "pad_id": SPECIAL_TOKENS.index(PAD),
+        "eos_id": TOKEN_IDS[EOS],
+        "pad_id": TOKEN_IDS[PAD],
     }
     preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "squash"}
     model = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text}
@@ -107,8 +107,9 @@ class ClipTrainer(Trainer[DenseClip, ClipBatch]):
     def batches(self) -> Iterator[ClipBatch]:
         """Rendered scenes with captions and patch labels."""
         config = self.config
-        first = self.step * self.num_ranks + self.rank
-        return scene_batches(config.data, config.image_px, self._collate, config.batch_size, first, self.num_ranks)
+        return scene_batches(
+            config.data, config.image_px, self._collate, config.batch_size, self.next_batch, self.num_ranks
+        )
 
     def prepare(self) -> None:
         """A new image tower starts at whitened patches and sinusoidal positions, each as strong as the other."""
@@ -194,7 +195,7 @@ def sinusoidal_positions(rows: int, width: int) -> Tensor:
 
 
 def _collate(examples: Sequence[Example], tokenizer: Tokenizer, rows: int) -> ClipBatch:
-    captions = torch.full((len(examples), CONTEXT_LENGTH), SPECIAL_TOKENS.index(PAD))
+    captions = torch.full((len(examples), CONTEXT_LENGTH), TOKEN_IDS[PAD])
     for row, example in zip(captions, examples, strict=True):
         ids = caption_ids(tokenizer, example)
         row[: len(ids)] = torch.tensor(ids)
@@ -211,4 +212,4 @@ def caption_ids(tokenizer: Tokenizer, example: Example) -> list[int]:
     parts = caption(example.scene, with_kind=example.with_kind).split(", ")
     chosen = rng.sample(parts, rng.randint(1, len(parts)))
     ids = tokenizer.encode(", ".join(chosen), add_special_tokens=False).ids[: CONTEXT_LENGTH - 2]
-    return [SPECIAL_TOKENS.index(BOS), *ids, SPECIAL_TOKENS.index(EOS)]
+    return [TOKEN_IDS[BOS], *ids, TOKEN_IDS[EOS]]

@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cotam.config import Q_STEPS
+from cotam.config import LATENT_STRIDE, Q_STEPS
 from cotam.entropy.tables import COUNTED_MAX, NUM_SCALES, Z_ROWS, Tables, build_tables
 from cotam.models.codec_model import CodecModel, interpolated_lmbdas, rate_distortion_loss
-from cotam.models.transforms import LATENT_STRIDE
 from cotam.train.config import CodecTrainConfig
 from cotam.train.data import crop_loader, eval_crops, random_quality_maps
 from cotam.train.trainer import Trainer
@@ -60,7 +59,7 @@ class CodecTrainer(Trainer[CodecModel, Tensor]):
         config = self.config
         x = batch.to(self.device, non_blocking=True).float().div_(255).contiguous(memory_format=torch.channels_last)
         side = config.crop_px // LATENT_STRIDE
-        q = random_quality_maps(len(x), side, side, self.model.num_q, self._maps).to(self.device)
+        q = random_quality_maps(len(x), side, side, self.model.config.num_q, self._maps).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             out = self.forward(x, q)
         out = out._replace(x_hat=out.x_hat.float())
@@ -100,7 +99,7 @@ class CodecTrainer(Trainer[CodecModel, Tensor]):
         maps = torch.Generator().manual_seed(self.config.seed)
         self.ema.freeze()
         for batch in itertools.islice(self._crops(self.config.seed), num_batches):
-            q = random_quality_maps(len(batch), side, side, self.model.num_q, maps).to(self.device)
+            q = random_quality_maps(len(batch), side, side, self.model.config.num_q, maps).to(self.device)
             latents = self.ema.compress(batch.to(self.device), q)
             z_rows = self.ema.z_indexes()[self.ema.z_levels(q)].permute(0, 3, 1, 2) + Z_ROWS
             for symbols, rows in ((latents.symbols, latents.indexes.long()), (latents.z, z_rows)):

@@ -18,11 +18,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from cotam.errors import one_line
 from cotam.image import ImageError, RGBImage, decode_image
+from cotam.store.tars import IMAGE_EXTENSIONS
 from cotam.train.config import DataConfig
 
 _log = logging.getLogger(__name__)
-_IMAGE_MEMBERS = "jpg;jpeg;png;webp;avif;tif;tiff;bmp"
+_IMAGE_MEMBERS = ";".join(IMAGE_EXTENSIONS)
 _PIXELS_PER_CROP = 2.5  # a large image gives one crop per this many crop areas, so that its decoding pays
 _MIN_SCALE = 0.5  # images shrink by a random factor: other sizes of the same things, and less of a JPEG's own noise
 _MAX_CROPS = 8
@@ -118,7 +120,7 @@ def image_members(dataset: wds.WebDataset) -> Iterator[bytes]:
 
 def _go_on(error: Exception) -> bool:
     """A tar that is cut, missing or none ends no training; each pass says so once."""
-    _log.warning("a training tar is passed over from here on: %s", " ".join(str(error).split())[:300])
+    _log.warning("a training tar is passed over from here on: %s", one_line(error)[:300])
     return True
 
 

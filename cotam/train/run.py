@@ -17,6 +17,7 @@ import torch.distributed as dist
 import yaml
 from torch import nn
 
+from cotam.errors import one_line
 from cotam.importance import Attention
 from cotam.train.config import AdapterTrainConfig, ClipTrainConfig, CodecTrainConfig, Schedule, VlmTrainConfig
 from cotam.train.trainer import Trainer
@@ -75,7 +76,7 @@ def train_clip(config: ClipTrainConfig, out: Path, device: str | None = None, in
         try:
             trainer = ClipTrainer(config, out, chosen, start)
         except RuntimeError as error:  # of load_state_dict
-            raise ValueError(f"{init} has another shape than the configuration: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"{init} has another shape than the configuration: {one_line(error)[:300]}") from None
         model = _run(trainer, out)
         if trainer.rank == 0:
             weights = export_clip(model.clip, config, folder)

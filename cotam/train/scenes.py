@@ -40,7 +40,7 @@ class SceneBatches(IterableDataset[B], Generic[B]):
         collate: makes a batch of examples.
         batch_size: examples a batch.
         first_batch: where to begin.
-        stride: every which batch is taken: the number of ranks.
+        stride: distance between this rank's batches: the number of ranks.
     """
 
     def __init__(

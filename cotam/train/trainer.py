@@ -25,7 +25,7 @@ M = TypeVar("M", bound=nn.Module)
 B = TypeVar("B")
 CHECKPOINT = "checkpoint.pt"
 _CHECKPOINT_VERSION = 3
-_LONGEST_STEP_S = 30.0  # a machine that slept did not train
+_LONGEST_STEP_S = 30.0  # a step counts for at most so much training time: a suspended machine does not train
 _LOG_S = 10.0
 _SETTINGS = ("factor", "weight_decay", "betas")  # of a group of parameters; the rate is set in every step
 _SOAP_FREQUENCY = 20  # steps between two updates of the eigenbases
@@ -119,6 +119,7 @@ class Trainer(ABC, Generic[M, B]):
             if is_due or progress >= 1:
                 self._checkpoint(log)
                 before = last = last_checkpoint = time.monotonic()
+                sums, count = {}, 0
             if progress >= 1:
                 return self.ema
             for name, value in self._train_step(next(batches), progress).items():
@@ -131,6 +132,11 @@ class Trainer(ABC, Generic[M, B]):
                 means = {name: float(value) / count for name, value in sums.items()}
                 log({"step": self.step, "progress": progress, **means, "steps_per_s": count / (now - last)})
                 sums, last, count = {}, now, 0
+
+    @property
+    def next_batch(self) -> int:
+        """Number of this rank's next batch, of all that are ever trained on; its others are ``num_ranks`` apart."""
+        return self.step * self.num_ranks + self.rank
 
     def progress(self) -> float:
         """How far the schedule is, in [0, 1]."""

@@ -21,7 +21,7 @@ from transformers import LlavaForConditionalGeneration
 
 from cotam.mllm.tiny import half_precision, make_processor, num_image_tokens
 from cotam.sceneqa.questions import place_questions, scene_questions
-from cotam.sceneqa.tokenizer import ASSISTANT, BOS, EOS, IMAGE, PAD, SPECIAL_TOKENS, USER, build_tokenizer
+from cotam.sceneqa.tokenizer import ASSISTANT, BOS, EOS, IMAGE, PAD, TOKEN_IDS, USER, build_tokenizer
 from cotam.tasks.questions import Question
 from cotam.train.clip import MEAN, STD, to_float
 from cotam.train.config import VlmTrainConfig
@@ -119,8 +119,9 @@ class VlmTrainer(Trainer[AnswerModel, VlmBatch]):
     def batches(self) -> Iterator[VlmBatch]:
         """Rendered scenes with their questions."""
         config = self.config
-        first = self.step * self.num_ranks + self.rank
-        return scene_batches(config.data, self.image_px, self._collate, config.batch_size, first, self.num_ranks)
+        return scene_batches(
+            config.data, self.image_px, self._collate, config.batch_size, self.next_batch, self.num_ranks
+        )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The tower, which knows something already, learns slower."""
@@ -180,15 +181,14 @@ def collate(
     examples: Sequence[Example], tokenizer: Tokenizer, num_visual: int, draws: int, num_places: int = 0
 ) -> VlmBatch:
     """Pack the questions of every example behind its visual tokens: ``draws`` of each type, ``num_places`` further."""
-    special = {token: k for k, token in enumerate(SPECIAL_TOKENS)}
     asked = [_questions(example, draws, num_places) for example in examples]
     rows = []
     for questions in asked:
-        ids = [special[BOS], special[USER], *[special[IMAGE]] * num_visual]
+        ids = [TOKEN_IDS[BOS], TOKEN_IDS[USER], *[TOKEN_IDS[IMAGE]] * num_visual]
         owners, answered = [0] * len(ids), [False] * len(ids)
         for number, question in enumerate(questions, 1):
-            text = [*tokenizer.encode(question.question, add_special_tokens=False).ids, special[ASSISTANT]]
-            answer = [*tokenizer.encode(question.answers[0], add_special_tokens=False).ids, special[EOS]]
+            text = [*tokenizer.encode(question.question, add_special_tokens=False).ids, TOKEN_IDS[ASSISTANT]]
+            answer = [*tokenizer.encode(question.answers[0], add_special_tokens=False).ids, TOKEN_IDS[EOS]]
             ids += text + answer
             owners += [number] * len(text + answer)
             answered += [False] * len(text) + [True] * len(answer)
@@ -200,7 +200,7 @@ def collate(
 
     return VlmBatch(
         stack_images(examples),
-        padded(0, special[PAD]),
+        padded(0, TOKEN_IDS[PAD]),
         padded(1, -1),
         padded(2, 0).bool(),
         asked,

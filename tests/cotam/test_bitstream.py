@@ -103,4 +103,4 @@ def test_fuzz(num_strings: int) -> None:
             stream = unpack(string, 2**26)
         except BitstreamError:
             continue
-        assert 0 < stream.num_pixels <= 2**26
+        assert 0 < stream.width * stream.height <= 2**26

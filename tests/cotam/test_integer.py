@@ -52,7 +52,7 @@ def inputs(codec: Codec) -> Inputs:
     y_first = (torch.randn(8, config.M // 2, 9, 13, generator=generator) * spread * MEAN_STEPS).round()
     return Inputs(
         z_hat.clamp(-ACTIVATION_MAX, ACTIVATION_MAX),
-        torch.randint(codec.model.num_q, (8, 1, 9, 13), generator=generator).float(),
+        torch.randint(codec.model.config.num_q, (8, 1, 9, 13), generator=generator).float(),
         y_first.clamp(-(2**18), 2**18),
     )
 
@@ -193,7 +193,7 @@ def test_largest_layer_that_cannot_overflow_is_exact() -> None:
 def test_a_model_cut_to_fewer_channels_computes_the_same_integers(codec: Codec, inputs: Inputs) -> None:
     whole = codec.model.entropy_parameters
     for num_channels, model in codec.models.items():
-        highest = max(q for q in range(codec.model.num_q) if codec.model.config.num_channels(q) == num_channels)
+        highest = max(q for q in range(codec.model.config.num_q) if codec.model.config.num_channels(q) == num_channels)
         q = inputs.q.clamp_max(highest)
         y_first = inputs.y_first * whole.in_use(q)  # what is not there has no symbols
         expected = _run(whole, Inputs(inputs.z_hat, q, y_first))
@@ -242,7 +242,7 @@ def test_the_hyper_latent_comes_back_from_what_it_differs_by_from_its_prediction
     for spread in (1.0, 5.0, 200.0):
         z = torch.randn(1, num_channels, *shape, generator=generator) * spread
         z = z.round().clamp(-ACTIVATION_MAX, ACTIVATION_MAX)
-        q = torch.randint(model.num_q, (1, 1, 4 * shape[0], 4 * shape[1]), generator=generator).float()
+        q = torch.randint(model.config.num_q, (1, 1, 4 * shape[0], 4 * shape[1]), generator=generator).float()
         residuals = (z - model.z_prediction(z, q))[0].short().numpy()
         restored = CausalPredictor(integers, num_channels).restore(residuals, model.z_levels(q)[0].numpy())
         np.testing.assert_array_equal(restored, z[0].numpy())

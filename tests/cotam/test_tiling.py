@@ -11,11 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from cotam.codec import Codec
-from cotam.config import CodecConfig
+from cotam.config import LATENT_STRIDE, CodecConfig
 from cotam.image import RGBImage
 from cotam.models import tiling
 from cotam.models.codec_model import CodecModel
-from cotam.models.transforms import LATENT_STRIDE
 
 
 @pytest.fixture

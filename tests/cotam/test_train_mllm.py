@@ -132,23 +132,23 @@ def test_a_step_sees_the_same_scenes_whatever_the_number_of_workers() -> None:
 def test_the_adapter_adds_nothing_until_it_is_trained_and_fits_its_models_only(
     tiny: TinyModels, codec: Codec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded = load_adapter(tiny.adapter)
+    adapter = load_adapter(tiny.adapter)
     mllm = load_mllm(MllmConfig(name=tiny.vlm))
     assert isinstance(mllm, LlavaMllm)
-    check_fit(loaded.model, codec.sha256, mllm.tower_sha256)
+    check_fit(adapter, codec.sha256, mllm.tower_sha256)
     monkeypatch.setattr("cotam.mllm.transformers._dtype_on", lambda device: torch.bfloat16)  # as on a GPU
     on_gpu = load_mllm(MllmConfig(name=tiny.vlm))
     assert isinstance(on_gpu, LlavaMllm) and on_gpu.model.dtype == torch.bfloat16
-    check_fit(loaded.model, codec.sha256, on_gpu.tower_sha256)
+    check_fit(adapter, codec.sha256, on_gpu.tower_sha256)
     with pytest.raises(ValueError, match="trained for codec"):
-        check_fit(loaded.model, "0" * 64, mllm.tower_sha256)
+        check_fit(adapter, "0" * 64, mllm.tower_sha256)
     with torch.no_grad():
         next(mllm.tower.parameters()).add_(1)
     with pytest.raises(ValueError, match="trained for image tower"):
-        check_fit(loaded.model, codec.sha256, tower_sha256(mllm.tower))
+        check_fit(adapter, codec.sha256, tower_sha256(mllm.tower))
 
-    fresh = Adapter(loaded.model.config)
-    y_hat = torch.randn(2, loaded.model.config.M, 5, 9)
+    fresh = Adapter(adapter.config)
+    y_hat = torch.randn(2, adapter.config.M, 5, 9)
     assert torch.equal(fresh(y_hat, 4, 4), torch.zeros(2, 16, 32))
     pixels = torch.rand(2, 3, 64, 64)
     before = mllm.tower(pixels).last_hidden_state

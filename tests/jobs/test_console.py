@@ -9,16 +9,22 @@ import pytest
 
 from jobs.console import partition_progress
 
-COUNTS = {"images": 30, "rejects": 1, "num_pixels": 8000, "source_num_bytes": 4_000_000, "bitstream_num_bytes": 500}
+COUNTS = {
+    "num_images": 30,
+    "num_rejects": 1,
+    "num_pixels": 8000,
+    "source_num_bytes": 4_000_000,
+    "bitstream_num_bytes": 500,
+}
 
 
 def test_a_line_every_so_often_and_one_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     started = time.monotonic()
     with partition_progress(10, "partitions", interval_s=0.2) as update:
         for k in range(10):
-            update({**COUNTS, "images": 30 * k}, k)
+            update({**COUNTS, "num_images": 30 * k}, k)
             time.sleep(0.05)
-        update(COUNTS | {"images": 300}, 10)
+        update(COUNTS | {"num_images": 300}, 10)
     most = (time.monotonic() - started) / 0.2 + 1
     out, err = capsys.readouterr()
     lines = err.splitlines()

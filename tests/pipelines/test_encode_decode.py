@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
+import gc
 import io
 import os
 import resource
 import signal
+import time
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from PIL import Image
 
@@ -29,7 +32,7 @@ from cotam.store.records import Completion, RunStore
 from cotam.store.shard import read_rejects, rejects_path
 from cotam.store.verify import verify_shard, verify_store
 from jobs.console import Incomplete
-from jobs.run import run_job
+from jobs.run import check_complete, run_job
 from pipelines.cluster import ResourceError, Resources
 from pipelines.counter import Report
 from pipelines.decode import DecodeConfig, DecodeTask, list_shards
@@ -227,6 +230,15 @@ class _Deadly(EncodeTask):
         return super().process(partition, store, report)
 
 
+def all_cpus_come_back() -> bool:
+    """Whether the cluster's CPUs are free within some seconds."""
+    for _ in range(40):
+        if ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]:
+            return True
+        time.sleep(0.25)
+    return False
+
+
 def test_partitions_that_kill_workers_fail_alone_and_a_rerun_retries_just_those(tmp_path: Path) -> None:
     write_webdataset(tmp_path / "in", 4, 2)
     dst = str(tmp_path / "out")
@@ -234,8 +246,15 @@ def test_partitions_that_kill_workers_fail_alone_and_a_rerun_retries_just_those(
     config = EncodeConfig()
     config_hash = store.open_run("encode", dataclasses.asdict(config), ["in"])
     partitions = list_partitions(str(tmp_path / "in"))
+    gc.disable()  # a driver that waits for its workers makes no garbage, so nothing is collected by the way
+    try:
+        make_task = partial(_Deadly, config, config_hash, "cpu", 1)
+        summary = run_job(make_task, partitions, store, RESOURCES, None, quiet=True)
+        assert all_cpus_come_back(), "workers of earlier rounds are left"
+    finally:
+        gc.enable()
     with pytest.raises(Incomplete, match=r"2 of 4 partitions failed.*part-0001.*workers died"):  # exit status 3
-        run_job(partial(_Deadly, config, config_hash, "cpu", 1), partitions, store, RESOURCES, None, as_json=True)
+        check_complete(summary)
     errors = {f["source"].rpartition("/")[2]: f["error"] for f in store.failures()}
     assert set(errors) == {"part-0001.tar", "part-0002.tar"} and "MemoryError" in errors["part-0002.tar"]
     summary = encode(str(tmp_path / "in"), dst)

@@ -15,7 +15,7 @@ from cotam.store.readers import read_partition
 from cotam.store.schema import Reject, Row
 from cotam.stream import decode_stream, encode_stream
 from pipelines import metrics
-from pipelines.counter import Counter, Counts
+from pipelines.counter import Counts, PartitionCounter
 from pipelines.decode import DecodeConfig, DecodeTask
 from tests.corpus import bad_files, photograph, to_bytes, write_tar
 
@@ -77,7 +77,7 @@ def test_every_reject_of_a_bad_corpus_has_one_of_a_few_reasons(tmp_path: Path, c
 
 def test_a_partition_is_recorded_as_it_is_reported(recorded: Recorded) -> None:
     reports: list[Counts] = []
-    counter = Counter("encode", PARTITION, reports.append)
+    counter = PartitionCounter("encode", PARTITION, reports.append)
     for _ in range(1000):
         counter.image(num_pixels=100, source_num_bytes=30, num_bytes=5)
     counter.reject(Reject(key="k", source="s", stage="decode", error="empty file"))
@@ -86,7 +86,7 @@ def test_a_partition_is_recorded_as_it_is_reported(recorded: Recorded) -> None:
     record = counter.completion("data/p-1.parquet", 1, "0", None)
     assert (record.num_images, record.num_rejects, record.source_num_bytes) == (1001, 1, 30_000)
     sums = recorded.sums
-    assert sums["cotam_images", "encode"] == 1001 == sum(r["images"] for r in reports)
+    assert sums["cotam_images", "encode"] == 1001 == sum(r["num_images"] for r in reports)
     assert sums["cotam_rejects", "encode", "decode", "empty"] == 1
     assert (sums["cotam_source_bytes", "encode"], sums["cotam_stored_bytes", "encode"]) == (30_000, 5000)
     assert (sums["cotam_pixels", "encode"], sums["cotam_bpp", "encode"]) == (100_000, pytest.approx(400))

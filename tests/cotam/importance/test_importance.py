@@ -23,7 +23,7 @@ from cotam.bitstream import unpack
 from cotam.codec import Codec
 from cotam.image import RGBImage, decode_image, encode_image
 from cotam.importance import Attention
-from cotam.importance.estimate import ImportanceEstimator, from_estimator
+from cotam.importance.estimate import ImportanceEstimator
 from cotam.importance.source import from_member
 from cotam.importance.tower import AttentionTower, needs_quick_gelu
 from cotam.picture import write_picture
@@ -154,7 +154,7 @@ def test_encoding_is_steered_by_attention(
     codec: Codec, estimator: ImportanceEstimator, photos: dict[str, RGBImage]
 ) -> None:
     samples = [Sample(key=k, source="s", image=encode_image(p)) for k, p in photos.items()]
-    steering = Steering(from_estimator(estimator), strength=4.0, keep_map=True)
+    steering = Steering(lambda samples, images: estimator(images), strength=4.0, keep_map=True)
     rows = list(encode_stream(samples, codec, 4.0, 2, steering))
     for row, image in zip(rows, photos.values(), strict=True):
         assert isinstance(row, Row)

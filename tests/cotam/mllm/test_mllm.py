@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import CLIPImageProcessor
 
 from cotam.mllm.backend import Asked, MllmConfig, MllmError, load_mllm
-from cotam.mllm.identity import check_mllm, refuse_other_mllm
+from cotam.mllm.identity import mllm_fingerprints, refuse_other_mllm
 from cotam.mllm.transformers import LlavaMllm, TransformersMllm, seen_part
 from cotam.sceneqa.questions import scene_questions
 from cotam.sceneqa.render import render
@@ -177,16 +177,16 @@ def test_local_files_identify_an_mllm_whoever_loads_it(tmp_path: Path) -> None:
     large = tmp_path / "model.safetensors"
     large.write_bytes(bytes(70 * 2**20))
     names = [str(tmp_path), f"hf:{tmp_path}", f"vllm:{tmp_path}"]
-    found = {check_mllm(MllmConfig(name=name))["mllm_sha256"] for name in names}
+    found = {mllm_fingerprints(MllmConfig(name=name))["mllm_sha256"] for name in names}
     assert len(found) == 1 and found != {""}
     for name in names:
-        refuse_other_mllm(MllmConfig(name=name), *found)
+        refuse_other_mllm(MllmConfig(name=name), *found, "")
     with large.open("r+b") as file:  # fine-tuned: of the same size
         file.seek(69 * 2**20)
         file.write(b"other" * 1000)
     with pytest.raises(ValueError, match="differs from the MLLM"):
-        refuse_other_mllm(MllmConfig(name=names[1]), *found)
-    assert check_mllm(MllmConfig(name="hf:some/model"))["mllm_sha256"] == ""
+        refuse_other_mllm(MllmConfig(name=names[1]), *found, "")
+    assert mllm_fingerprints(MllmConfig(name="hf:some/model"))["mllm_sha256"] == ""
 
 
 class FakeVllm:

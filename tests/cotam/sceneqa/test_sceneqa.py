@@ -20,7 +20,7 @@ from cotam.sceneqa.scene import COLOURS, KINDS, SHAPES, Scene, sample_scene
 from cotam.store.partitions import Partition
 from cotam.store.readers import read_partition
 from cotam.store.schema import Sample
-from cotam.tasks.blind import AskedQuestion, BlindSample
+from cotam.tasks.blind import BlindSample
 from cotam.tasks.questions import read_questions
 from cotam.tasks.scores import exact_match
 
@@ -100,7 +100,7 @@ def test_answering_without_looking_does_not_pay() -> None:
     scenes = [sample_scene("train", k) for k in range(2000)]
     sample = BlindSample()
     for k, scene in enumerate(scenes):
-        sample.add(k, [AskedQuestion(q.question, q.type, q.level, q.answers) for q in scene_questions(scene)])
+        sample.add(k, scene_questions(scene))
     test = sample.guesses()
     right, asked = Counter[str](), Counter[str]()
     for question, guess in test:

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cotam.tasks.blind import AskedQuestion, BlindSample
+from cotam.tasks.blind import BlindSample
 from cotam.tasks.curves import Measured, Measurements, saving
+from cotam.tasks.questions import Question
 from cotam.tasks.results import summarise
 from cotam.tasks.scores import exact_match
 
@@ -71,7 +72,13 @@ def test_the_blind_baseline_of_many_questions_is_that_of_a_sample_of_whole_image
     sample = BlindSample(max_questions=1000)
     for k in range(20_000):
         answer = "yes" if k % 10 < 7 else "no"
-        sample.add(k, [AskedQuestion("Is it?", "exists", "cross", (answer,)), AskedQuestion("What?", "", "", ("x",))])
+        sample.add(
+            k,
+            [
+                Question(key="", question="Is it?", type="exists", level="cross", answers=(answer,)),
+                Question(key="", question="What?", answers=("x",)),
+            ],
+        )
     assert 400 <= len(sample.guesses()) <= 1000
     scores = sample.scores(exact_match)
     assert scores.by_type["exists"] == pytest.approx(0.7, abs=0.06) and scores.by_level["cross"] < 1
