@@ -164,7 +164,7 @@ def _run_rounds(
             settled = _run_wave(make_task, list(wave.chunks(per_task)), store_uri, resources, workers, progress)
             left.append(wave.without(settled))
             num_settled += len(settled)
-            # A lost task leaves its error in a cycle with its pool, whose workers would keep CPUs and GPUs from the next.
+            # The error of a lost task keeps its pool in a cycle, and workers that live on their CPUs and GPUs.
             gc.collect()
             return_freed_memory()
         # A poisonous partition kills its worker in _WORKER_ATTEMPTS rounds and is given up in the next one.

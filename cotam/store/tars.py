@@ -1,8 +1,9 @@
 """Samples of a tar, streamed: WebDataset's convention, and what hostile or damaged tars make of it.
 
-Neighbours whose names agree up to the first dot of the file name are one sample; the first image among them is its
-image, everything else its members. Nothing touches the file system, and nothing that a header claims is allocated
-before the bytes are there.
+Neighbours whose names agree up to the first dot of the file name are one sample. Its image is the one whose name has no
+second dot, or the first by name; everything else are its members. Where there are only images that have one, as of
+photographs with dates in their names, each is a sample. Hidden files (".DS_Store", "._a.jpg") are passed over.
+Nothing touches the file system, and nothing that a header claims is allocated before the bytes are there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ from cotam.errors import one_line
 from cotam.store.schema import Reject, Sample
 from cotam.store.source_file import SourceFile, decompressed
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "jfif", "png", "webp", "avif", "tif", "tiff", "bmp", "gif", "ppm")
+# Of image files; those that cannot be decoded become rejects, with their bytes.
+IMAGE_EXTENSIONS = (
+    "jpg", "jpeg", "jpe", "jfif", "mpo", "png", "webp", "avif", "tif", "tiff", "bmp", "gif", "ppm", "pgm", "pbm", "pnm",
+    "heic", "heif", "jp2", "jxl",
+)  # fmt: skip
 MAX_SAMPLE_BYTES = 2**29
 _TEXT_EXTENSIONS = ("txt", "text", "caption", "json", "jsonl", "cls", "csv", "html", "xml", "yaml")
 _MAX_MEMBERS = 256  # of a sample
@@ -60,6 +65,10 @@ class _Group:
     num_bytes: int = 0
     problem: str = ""
 
+    def is_series(self) -> bool:
+        """Whether it is images with dots in their names, and nothing else."""
+        return not self.problem and all(map(_is_dotted_image, self.members))
+
 
 class _TarReader:
     def __init__(self, source: str) -> None:
@@ -73,16 +82,18 @@ class _TarReader:
             while (info := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all headers
                 stream.limit = tar.offset + _MAX_HEADER_BYTES
-                if info.isdir():
+                if info.isdir() or _is_hidden(info.name):
                     continue
                 key, name = _key_and_name(info.name)
-                if self._group is not None and (key != self._group.key or name in self._group.members):
-                    yield self._finish(self._group)
+                if (group := self._group) is not None:
+                    is_full = len(group.members) >= _MAX_MEMBERS or group.num_bytes + info.size > MAX_SAMPLE_BYTES
+                    if key != group.key or name in group.members or (is_full and group.is_series()):
+                        yield from self._finish(group)
                 self._group = self._group or _Group(key)
                 self._add(self._group, name, info, tar)
             end = tar.offset
         if self._group is not None:
-            yield self._finish(self._group)
+            yield from self._finish(self._group)
         # tarfile takes a damaged header, or none, for the end: only the end marker proves that nothing is missing.
         if not stream.only_zeros_from(end):
             yield self.damage(
@@ -101,8 +112,6 @@ class _TarReader:
         content = b""
         if len(group.members) >= _MAX_MEMBERS:
             problem = f"over {_MAX_MEMBERS} members: names that agree up to their first dot are one sample"
-        elif len(self._names) >= _MAX_NAMES and name not in self._names:
-            problem = f"over {_MAX_NAMES} kinds of members in one tar"
         elif not info.isfile() or info.issparse():
             kind = "a sparse file" if info.issparse() else _KINDS.get(info.type, f"of unknown type {info.type!r}")
             problem = f"member {name or group.key} is {kind}"
@@ -114,15 +123,23 @@ class _TarReader:
             content = reader.read(info.size)
             if len(content) < info.size:
                 raise tarfile.ReadError("unexpected end of data")
-            self._names.add(name)
         group.num_bytes += len(content)
         group.problem = group.problem or problem
         if len(group.members) < _MAX_MEMBERS:
             group.members[name] = content
 
-    def _finish(self, group: _Group) -> Sample | Reject:
+    def _finish(self, group: _Group) -> Iterator[Sample | Reject]:
         self._group = None
-        self.num_samples += 1
+        if group.is_series():
+            for name, content in group.members.items():
+                stem, _, extension = name.rpartition(".")
+                self.num_samples += 1
+                yield self._sample(_Group(f"{group.key}.{stem}", {extension: content}))
+        else:
+            self.num_samples += 1
+            yield self._sample(group)
+
+    def _sample(self, group: _Group) -> Sample | Reject:
         members: dict[str, Any] = dict(group.members)
         image_name = _image_name(members)
         image = members.pop(image_name) if image_name is not None else None
@@ -132,26 +149,56 @@ class _TarReader:
 
         if group.problem:
             return reject(group.problem)
+        if len(self._names.union(members)) > _MAX_NAMES:
+            return reject(f"over {_MAX_NAMES} kinds of members in one tar")
+        self._names.update(members)
         if image is None:
-            return reject(f"sample has no image, only {', '.join(n or 'a name without extension' for n in members)}")
-        for name in members:
-            if name.rsplit(".", 1)[-1] in _TEXT_EXTENSIONS:
-                try:
-                    members[name] = members[name].decode()
-                except UnicodeDecodeError:
-                    return reject(f"member {name} is not UTF-8 text")
+            names = ", ".join(name or "a name without extension" for name in members)
+            return reject(
+                f"sample has no image beside it, only {names} (members of a sample follow each other in a tar)"
+            )
+        try:
+            members = {name: member_value(name, content) for name, content in members.items()}
+        except ValueError as error:
+            return reject(str(error))
         return Sample(key=group.key, source=self._source, image=image, members=members)
 
 
+def member_value(name: str, content: bytes) -> str | bytes:
+    """A member as it is stored: text as such, by its name. Raises ValueError where that is not UTF-8."""
+    if extension_of(name) not in _TEXT_EXTENSIONS:
+        return content
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"member {name} is not UTF-8 text") from None
+
+
+def extension_of(name: str) -> str:
+    """What follows the last dot, in lower case; of a name without one the whole."""
+    return name.rsplit(".", 1)[-1].lower()
+
+
 def _image_name(members: Iterable[str]) -> str | None:
-    return next((name for name in members if name.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS), None)
+    """The image of a sample, the same kind in every sample that has the same members."""
+    images = [name for name in members if extension_of(name) in IMAGE_EXTENSIONS]
+    return min(images, key=lambda name: ("." in name, name), default=None)
+
+
+def _is_dotted_image(name: str) -> bool:
+    return "." in name and extension_of(name) in IMAGE_EXTENSIONS
+
+
+def _is_hidden(path: str) -> bool:
+    parts = path.removeprefix("./").split("/")
+    return parts[-1].startswith(".") or "__MACOSX" in parts
 
 
 def _key_and_name(path: str) -> tuple[str, str]:
     """Key and member name of a path in a tar; bytes that are not UTF-8 become replacement characters."""
     path = path.encode(errors="surrogateescape").decode(errors="replace")
-    folder, slash, file = path.rpartition("/")
-    dot = file.find(".", 1)  # a leading dot is part of the key
+    folder, slash, file = path.removeprefix("./").rpartition("/")
+    dot = file.find(".")
     stem, name = (file, "") if dot < 0 else (file[:dot], file[dot + 1 :])
     return f"{folder}{slash}{stem}", name.lower()
 

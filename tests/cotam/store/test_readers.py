@@ -109,6 +109,35 @@ def test_damaged_header_in_the_middle_is_noticed(tar: Path) -> None:
     assert len(samples) == 2 and len(rejects) == 1
 
 
+def test_which_images_of_a_tar_are_samples_and_which_are_members(tmp_path: Path) -> None:
+    jpeg, other = to_bytes(photograph(1)), to_bytes(photograph(2))
+    mac = [("._a.jpg", b"\0\5"), ("a.jpg", jpeg), ("._a.txt", b"\0"), ("a.txt", b"A"), (".DS_Store", b"x")]
+    content = {
+        "mac": [*mac, ("__MACOSX/a.jpg", b"x"), ("./b/c.jpg", jpeg)],
+        "dates": [("IMG.2024.01.02.jpg", jpeg), ("IMG.2024.01.03.jpg", other), ("v1.5_x.jpg", jpeg)],
+        "masks": [("a.depth.png", other), ("a.jpg", jpeg), ("b.seg.png", other), ("b.jpg", jpeg), ("b.json", b"{}")],
+        "pairs": [("a.left.jpg", jpeg), ("a.right.jpg", other), ("b.right.jpg", other), ("b.left.jpg", jpeg)],
+        "with text": [("b.right.jpg", other), ("b.left.jpg", jpeg), ("b.json", b"{}")],
+        "phone": [("a.heic", b"not yet"), ("a.txt", b"A"), ("b.MPO", jpeg)],
+        "many": [(f"IMG.{k:04d}.jpg", jpeg) for k in range(1200)],
+    }
+    found = {name: read(write_tar(tmp_path / f"{name}.tar", files)) for name, files in content.items()}
+    assert not any(rejects for _, rejects in found.values())
+    samples = {name: [(s.key, s.image == jpeg, s.members) for s in samples] for name, (samples, _) in found.items()}
+    assert samples["mac"] == [("a", True, {"txt": "A"}), ("b/c", True, {})]
+    assert samples["dates"] == [("IMG.2024.01.02", True, {}), ("IMG.2024.01.03", False, {}), ("v1.5_x", True, {})]
+    assert samples["masks"] == [
+        ("a", True, {"depth.png": other}),
+        ("b", True, {"seg.png": other, "json": "{}"}),
+    ]
+    assert samples["pairs"] == [
+        ("a.left", True, {}), ("a.right", False, {}), ("b.right", False, {}), ("b.left", True, {}),
+    ]  # fmt: skip
+    assert samples["with text"] == [("b", True, {"right.jpg": other, "json": "{}"})]
+    assert samples["phone"] == [("a", False, {"txt": "A"}), ("b", True, {})]
+    assert [key for key, _, _ in samples["many"]] == [f"IMG.{k:04d}" for k in range(1200)]
+
+
 def test_names_without_images_and_odd_members(tmp_path: Path) -> None:
     jpeg = to_bytes(photograph(1))
     tar = write_tar(
@@ -129,7 +158,7 @@ def test_names_without_images_and_odd_members(tmp_path: Path) -> None:
         ("d", {"npy": b"\x00\x01"}),
     ]
     assert [(r.key, r.error) for r in rejects] == [
-        ("b/one", "sample has no image, only txt"),
+        ("b/one", "sample has no image beside it, only txt (members of a sample follow each other in a tar)"),
         ("c", "member txt is not UTF-8 text"),
     ]
     assert rejects[1].image == jpeg
