@@ -133,6 +133,7 @@ def run_partitions(
         RuntimeError: round after round no partition gets to an outcome, or outcomes are not where the store is.
     """
     use_malloc_for_arrow()
+    logging.getLogger("ray.data._internal.execution.streaming_executor_state").addFilter(_without_traceback)
     started = time.monotonic()
     pending = partitions.without(store.completed_ids())
     num_skipped = len(partitions) - len(pending)
@@ -164,8 +165,7 @@ def _run_rounds(
             settled = _run_wave(make_task, list(wave.chunks(per_task)), store_uri, resources, workers, progress)
             left.append(wave.without(settled))
             num_settled += len(settled)
-            # The error of a lost task keeps its pool in a cycle, and workers that live on their CPUs and GPUs.
-            gc.collect()
+            gc.collect()  # the error of a lost task keeps its pool in a cycle, whose workers keep CPUs and GPUs
             return_freed_memory()
         # A poisonous partition kills its worker in _WORKER_ATTEMPTS rounds and is given up in the next one.
         futile = 0 if num_settled else futile + 1
@@ -377,6 +377,13 @@ def _has_others(record: Completion, keys: HashedIds, store: RunStore) -> bool:
         return True
     rejects = (reject.key for reject in read_rejects(store.root, record.partition_id))
     return keys.lacks_any(each(rows)) or keys.lacks_any(rejects)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Filter: a lost task in one line, without the frames, by which handlers that keep records would keep its pool."""
+    if record.exc_info and (error := record.exc_info[1]) is not None:
+        record.msg, record.args, record.exc_info = f"a task was lost: {with_type(error)}", (), None
+    return True
 
 
 def _cause(error: RayActorError) -> str:

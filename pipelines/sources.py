@@ -6,9 +6,11 @@ import glob
 import logging
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
 from pathlib import PurePosixPath
+from typing import NamedTuple
 
 import braceexpand
 import pyarrow.compute as pc
@@ -19,18 +21,20 @@ from fsspec.spec import AbstractFileSystem
 from cotam.memory import return_freed_memory, use_malloc_for_arrow
 from cotam.store.fs import File, find_files, glob_files, is_transient, one_file, split_uri
 from cotam.store.partitions import Partition, Partitions, partition_id
-from cotam.store.readers import TAR_SUFFIXES, image_column, parquet_metadata
-from cotam.store.tars import IMAGE_EXTENSIONS
+from cotam.store.readers import TAR_SUFFIXES, image_column, image_columns, parquet_metadata, with_members
+from cotam.store.tars import IMAGE_EXTENSIONS, extension_of
 
 FILES_PER_PARTITION = 500  # on average; half to twice as many
 _MIN_NAMES_TO_LIST_FOLDER = 16
 _FOOTERS_AT_A_TIME = 32
 PARQUET_PARTITION_BYTES = 128 * 2**20
-# Image files that no tar member is recognised by, or that cannot be decoded: each becomes a row or a reject.
-_OTHER_EXTENSIONS = ("jpe", "pgm", "pnm", "pbm", "heic", "heif", "jp2", "jxl")
 _MAX_LEFT_OUT = 8  # extensions that are named
 # Folders in which other programs keep their books. Names of cameras' images start with "_", too.
-_BOOKS = ("_temporary", "_delta_log", "_spark_metadata")
+_BOOKS = ("_temporary", "_spark_metadata")
+# Formats of tables whose folders also hold files that the table does not refer to any more, by a folder of theirs.
+_TABLES = {"_delta_log": "a Delta", ".hoodie": "a Hudi"}
+_MAX_SINCE_IMAGE = 1000  # files that wait for an image that they belong to
+_MAGIC = "*?["
 
 _Footer = Future[pq.FileMetaData]
 _log = logging.getLogger(__name__)
@@ -74,31 +78,63 @@ def _without_repeats(partitions: Partitions) -> Partitions:
     return Partitions.of(by_id.values())
 
 
-def _find_partitions(source: str, wanted_image_column: str | None) -> Iterator[Partition]:
+def _find_partitions(source: str, wanted: str | None) -> Iterator[Partition]:
     patterns = _expand_braces(source)
     folders = _list_once(patterns)
-    for pattern in patterns:
-        fs, path = split_uri(pattern)
-        siblings = folders.get(pattern.rpartition("/")[0])
-        files: Iterable[File]
-        if siblings is not None and path in siblings:
-            files = [siblings[path]]
-        elif _has_magic(path) and not (isinstance(fs, LocalFileSystem) and fs.exists(path)):  # a name may have brackets
-            files = glob_files(fs, path)
-        elif fs.isdir(path):
-            yield from _list_folder(fs, path, pattern, wanted_image_column)
+    for (kind, folder), group in groupby(
+        (_parse(pattern, folders) for pattern in patterns), lambda p: (p.kind, p.folder)
+    ):
+        parsed = list(group)
+        if kind == "files":  # many names of one folder may be images, which are no partition each
+            fs, root = parsed[0].fs, parsed[0].path.rpartition("/")[0]
+            files = [p.file for p in parsed if p.file is not None]
+            yield from _partitions_of(fs, root, folder, files, wanted, all_named=True)
             continue
-        else:
-            try:
-                files = [one_file(fs, path)]
-            except FileNotFoundError:
-                raise SourceError(f"{pattern} does not exist") from None
-        found = False
-        for file, footer in _with_footers(fs, files):
-            found = True
-            yield from _list_file(fs, file, footer, wanted_image_column)
-        if not found:
+        for pattern in parsed:
+            list_all = _list_matches if kind == "glob" else _list_folder
+            yield from list_all(pattern.fs, pattern.path, pattern.uri, wanted)
+
+
+class _Pattern(NamedTuple):
+    """What one of the names that braces make is: "files", with the file, "folder" or "glob"."""
+
+    kind: str
+    folder: str
+    uri: str
+    fs: AbstractFileSystem
+    path: str
+    file: File | None = None
+
+
+def _parse(uri: str, folders: Mapping[str, Mapping[str, File]]) -> _Pattern:
+    """Raises SourceError where there is no such file."""
+    fs, path = split_uri(uri)
+    folder = uri.rpartition("/")[0]
+    if (file := folders.get(folder, {}).get(path)) is not None:
+        return _Pattern("files", folder, uri, fs, path, file)
+    if _has_magic(path) and not (isinstance(fs, LocalFileSystem) and fs.exists(path)):  # a name may have brackets
+        return _Pattern("glob", folder, uri, fs, path)
+    if fs.isdir(path):
+        return _Pattern("folder", folder, uri, fs, path)
+    try:
+        return _Pattern("files", folder, uri, fs, path, one_file(fs, path))
+    except FileNotFoundError:
+        raise SourceError(f"{uri} does not exist") from None
+
+
+def _list_matches(fs: AbstractFileSystem, path: str, pattern: str, wanted: str | None) -> Iterator[Partition]:
+    """What a glob names: files, or where it matches none, folders."""
+    root = path[: min(path.index(c) for c in _MAGIC if c in path)].rpartition("/")[0]
+    found = False
+    for partition in _partitions_of(fs, root, pattern, glob_files(fs, path), wanted):
+        found = True
+        yield partition
+    if not found:
+        folders = sorted(folder for folder in fs.glob(path.rstrip("/")) if fs.isdir(folder))
+        if not folders:
             raise SourceError(f"no file matches {pattern}")
+        for folder in folders:
+            yield from _list_folder(fs, folder, _uri(fs, folder), wanted)
 
 
 def _list_once(patterns: list[str]) -> dict[str, dict[str, File]]:
@@ -113,7 +149,7 @@ def _list_once(patterns: list[str]) -> dict[str, dict[str, File]]:
 
 
 def _has_magic(path: str) -> bool:
-    return any(c in path for c in "*?[")
+    return any(c in path for c in _MAGIC)
 
 
 def _expand_braces(source: str) -> list[str]:
@@ -124,46 +160,125 @@ def _expand_braces(source: str) -> list[str]:
 
 
 def _list_folder(fs: AbstractFileSystem, path: str, uri: str, wanted: str | None) -> Iterator[Partition]:
-    found = False  # tars or Parquet files
     stores: set[str] = set()  # folders below this one that hold the output of a job
-    images: list[tuple[str, int, str]] = []
-    found_images = False
-    left_out: Counter[str] = Counter()  # files by extension
-    for file, footer in _with_footers(fs, find_files(fs, path)):
-        name = _relative(file.name, path)
-        folders = name.split("/")[:-1]
-        if "_cotam" in folders:  # sorted before what belongs to it
-            stores.add("/".join([*folders[: folders.index("_cotam")], "data"]))
-        inside = ("/".join(folders[: k + 1]) for k in range(len(folders)))
-        is_book = any(part in (*_BOOKS, "_cotam") or part.startswith(".") for part in name.split("/"))
-        if is_book or not stores.isdisjoint(inside):
-            continue
-        if name.lower().endswith((*TAR_SUFFIXES, ".parquet")):
-            found = True
-            yield from _list_file(fs, file, footer, wanted)
-        elif name.lower().rsplit(".", 1)[-1] in (*IMAGE_EXTENSIONS, *_OTHER_EXTENSIONS):
-            images.append((name, file.num_bytes, file.version))
-            found_images = True
-        else:
-            left_out[PurePosixPath(name).suffix or "without an extension"] += 1
-        if found and found_images:
-            raise SourceError(
-                f"{uri} holds images beside tars or Parquet files; name the one or the other, as in {uri}/*.tar"
-            )
-        if images and _ends_partition(len(images), images[-1][0]):
-            yield _image_partition(fs, path, images)
-            images = []
-    if images:
-        yield _image_partition(fs, path, images)
-    if left_out and found_images:  # captions, perhaps; beside tars there may be anything
-        counts = ", ".join(f"{num} {suffix}" for suffix, num in left_out.most_common(_MAX_LEFT_OUT))
-        _log.warning("left out of %s: %s", uri, counts)
-    if not (found or found_images):
-        if stores:
-            raise SourceError(f"{uri} is the output of a job; name its data, as in {uri}/data, or its source")
+    found = False
+    for partition in _partitions_of(fs, path, uri, _without_books(find_files(fs, path), path, uri, stores), wanted):
+        found = True
+        yield partition
+    if not found and stores:
+        raise SourceError(f"{uri} is the output of a job; name its data, as in {uri}/data, or its source")
+    if not found:
         raise SourceError(
             f"no tar, Parquet or image file in {uri}; looked for .tar, .parquet, .{', .'.join(IMAGE_EXTENSIONS)}"
         )
+
+
+def _without_books(files: Iterable[File], root: str, uri: str, stores: set[str]) -> Iterator[File]:
+    """Without hidden files, other programs' books and the output of jobs, whose folders are added to ``stores``."""
+    for file in files:
+        parts = _relative(file.name, root).split("/")
+        if table := next((kind for mark, kind in _TABLES.items() if mark in parts[:-1]), None):
+            raise SourceError(
+                f"{uri} is {table} table, whose files hold rows that are deleted from it: export it to Parquet, or name"
+                " the files that count"
+            )
+        if "_cotam" in parts[:-1]:  # sorted before what belongs to it
+            stores.add("/".join([*parts[: parts.index("_cotam")], "data"]))
+        inside = ("/".join(parts[: k + 1]) for k in range(len(parts) - 1))
+        is_book = any(part in (*_BOOKS, "_cotam") or part.startswith(".") for part in parts)
+        if not is_book and stores.isdisjoint(inside):
+            yield file
+
+
+def _partitions_of(
+    fs: AbstractFileSystem, root: str, uri: str, files: Iterable[File], wanted: str | None, all_named: bool = False
+) -> Iterator[Partition]:
+    """Partitions of files below ``root``, in order: tars and Parquet files, or runs of images and what is beside them.
+
+    What is neither is left out aloud; with ``all_named`` it is an error.
+    """
+    found = False  # tars or Parquet files with images
+    images = _ImageRuns(fs, root)
+    tables: list[tuple[File, _Footer]] = []  # without images
+    for file, footer in _with_footers(fs, files):
+        name = _relative(file.name, root)
+        if footer is not None and wanted is None and _has_no_images(footer):
+            tables.append((file, footer))
+        elif footer is not None or name.lower().endswith(TAR_SUFFIXES):
+            found = True
+            yield from _list_file(fs, file, footer, wanted)
+        else:
+            if all_named and extension_of(name) not in IMAGE_EXTENSIONS:
+                raise SourceError(
+                    f"{_uri(fs, file.name)} is neither a tar nor a Parquet file nor an image nor a folder"
+                )
+            yield from images.add(name, file)
+        if found and images.found:
+            raise SourceError(
+                f"{uri} holds images beside tars or Parquet files; name the ones or the others, as in {uri}/**/*.jpg"
+            )
+    yield from images.rest()
+    if not (found or images.found):
+        for file, footer in tables:
+            yield from _list_parquet(file, _uri(fs, file.name), footer, wanted)
+    elif tables:
+        images.left_out[".parquet (without images)"] = len(tables)
+    if images.left_out and (images.found or tables):  # beside tars there may be anything
+        counts = ", ".join(f"{num} {suffix}" for suffix, num in images.left_out.most_common(_MAX_LEFT_OUT))
+        _log.warning("left out of %s: %s", uri, counts)
+
+
+def _has_no_images(footer: _Footer) -> bool:
+    """Whether a Parquet file is metadata: that of one that cannot be read is told later."""
+    try:
+        return not image_columns(footer.result().schema.to_arrow_schema())
+    except (ValueError, OSError):
+        return False
+
+
+class _ImageRuns:
+    """Cuts the files of a folder, by name, into runs of images with what lies beside them.
+
+    Attributes:
+        found: whether there was an image. left_out: how many files belong to none, by extension.
+    """
+
+    def __init__(self, fs: AbstractFileSystem, root: str) -> None:
+        self._fs, self._root = fs, root
+        self._files: dict[str, tuple[str, int, str]] = {}  # not in a partition yet: name, size and version by name
+        self._num_images, self._num_since, self._ends = 0, 0, False
+        self.found = False
+        self.left_out: Counter[str] = Counter()
+
+    def add(self, name: str, file: File) -> Iterator[Partition]:
+        """Add the next file; yields the partition that ends before it, if one does."""
+        is_image = extension_of(name) in IMAGE_EXTENSIONS
+        if (is_image and self._ends) or self._num_since >= _MAX_SINCE_IMAGE:
+            yield from self._cut(is_last=False)
+        self._files[name] = (name, file.num_bytes, file.version)
+        self._num_since = 0 if is_image else self._num_since + 1
+        if is_image:
+            self.found = True
+            self._num_images += 1
+            self._ends = _ends_partition(self._num_images, name)
+
+    def rest(self) -> Iterator[Partition]:
+        """The last partition."""
+        yield from self._cut(is_last=True)
+
+    def _cut(self, is_last: bool) -> Iterator[Partition]:
+        images = with_members(self._files)
+        used = {*images}.union(*(members.values() for members in images.values()))
+        if images:
+            yield _image_partition(self._fs, self._root, [file for name, file in self._files.items() if name in used])
+        names = list(self._files)
+        after = names[len(names) - self._num_since :] if not is_last and self._num_since < _MAX_SINCE_IMAGE else []
+        kept = [name for name in after if name not in used]  # of an image that comes next, perhaps
+        self.left_out.update(
+            PurePosixPath(n).suffix or "without an extension" for n in names if n not in {*used, *kept}
+        )
+        self._files = {name: self._files[name] for name in kept}
+        self._num_images, self._num_since, self._ends = 0, len(kept), False
 
 
 def _ends_partition(num_images: int, last: str) -> bool:
@@ -177,7 +292,7 @@ def _ends_partition(num_images: int, last: str) -> bool:
 
 
 def _image_partition(fs: AbstractFileSystem, folder: str, images: list[tuple[str, int, str]]) -> Partition:
-    """Names below ``folder``, sizes and versions of some images."""
+    """The partition of some images and what is beside them: names below ``folder``, sizes and versions."""
     stem = f"{PurePosixPath(folder).name}-{images[0][0]}"  # ids in the order of names
     return Partition(
         partition_id=partition_id(stem, [(_uri(fs, folder),), *images]),
@@ -211,11 +326,9 @@ def _list_file(fs: AbstractFileSystem, file: File, footer: _Footer | None, wante
     source = _uri(fs, file.name)
     if footer is not None:
         yield from _list_parquet(file, source, footer, wanted)
-    elif name.lower().endswith(TAR_SUFFIXES):
+    else:
         stem, identity = name[: name.lower().rindex(".t")], [(source, file.num_bytes, file.version)]
         yield Partition(partition_id=partition_id(stem, identity), kind="tar", source=source, num_bytes=file.num_bytes)
-    else:
-        raise SourceError(f"{source} is neither a tar nor a Parquet file nor a folder")
 
 
 def _list_parquet(file: File, source: str, footer: _Footer, wanted: str | None) -> Iterator[Partition]:

@@ -38,7 +38,7 @@ class Partition:
         partition_id: hash of its name, size, version and range; the same input always has the same id.
         kind: "tar", "files", "parquet", or "shard" for a shard of bitstreams.
         source: URI of the tar, the folder or the Parquet file.
-        paths: for "files" and "shard", the paths relative to ``source``, in order.
+        paths: for "files", images and what lies beside them, for "shard" the shard, relative to ``source``, in order.
         row_groups: for "parquet", first and one past the last row group.
         image_column: for "parquet", the column of image bytes.
         num_bytes: size of the input.

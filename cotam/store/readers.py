@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +22,14 @@ from cotam.store.fs import split_uri
 from cotam.store.partitions import Partition
 from cotam.store.schema import Reject, Sample
 from cotam.store.source_file import SourceFile, check_regular
-from cotam.store.tars import MAX_SAMPLE_BYTES, read_tar
+from cotam.store.tars import (
+    IMAGE_EXTENSIONS,
+    MAX_MEMBER_NAMES,
+    MAX_SAMPLE_BYTES,
+    extension_of,
+    member_value,
+    read_tar,
+)
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes", "content")
@@ -31,6 +40,8 @@ _PARQUET_BATCH_ROWS = 16
 _PARQUET_BUFFER_BYTES = 2**20
 _MAX_LOST_ROWS = 100_000  # of a damaged row group get a reject each; a footer may claim any number
 _MAX_KEY_CHARACTERS = 1024
+_MAX_SHOWN_COLUMNS = 12
+_HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
 def read_partition(partition: Partition) -> Iterator[Sample | Reject]:
@@ -100,7 +111,8 @@ def member_types(partition: Partition) -> dict[str, pa.DataType]:
         return {}
     schema = parquet_metadata(partition.source).schema.to_arrow_schema()
     members = (f for f in schema if f.name not in (partition.image_column, key_column(schema)))
-    return {f.name: f.type.storage_type if isinstance(f.type, pa.BaseExtensionType) else f.type for f in members}
+    types = {f.name: f.type.storage_type if isinstance(f.type, pa.BaseExtensionType) else f.type for f in members}
+    return {**dict.fromkeys(hive_columns(partition.source), pa.string()), **types}
 
 
 def parquet_metadata(source: str) -> pq.FileMetaData:
@@ -126,17 +138,28 @@ def image_column(schema: pa.Schema, wanted: str | None = None) -> str:
         ValueError: there is none, or not the one that is wanted.
     """
 
-    fits = [f.name for f in schema if _holds_images(f.type)]
-    if wanted is not None:
-        if wanted not in fits:
-            raise ValueError(f"no image column {wanted!r}; binary columns: {', '.join(fits) or 'none'}")
+    fits = image_columns(schema)
+    if wanted in fits:
         return wanted
-    for name in (*_IMAGE_COLUMNS, *(fits if len(fits) == 1 else ())):
-        if name in fits:
-            return name
+    if wanted is None:
+        for name in (*_IMAGE_COLUMNS, *(fits if len(fits) == 1 else ())):
+            if name in fits:
+                return name
+        if fits:
+            raise ValueError(
+                f"cannot tell which column holds the images; name it with --image-column: {', '.join(fits)}"
+            )
+    columns = ", ".join(f"{field.name} {str(field.type)[:60]}" for field in list(schema)[:_MAX_SHOWN_COLUMNS])
+    asked = "no column" if wanted is None else f"column {wanted!r} is none that"
     raise ValueError(
-        f"cannot tell which column holds the images; name it with --image-column ({', '.join(fits) or 'none fits'})"
+        f"{asked} holds the bytes of one image a row (binary, or a struct with bytes, as Hugging Face's): {columns};"
+        " images behind URLs have to be downloaded, lists of images unnested first"
     )
+
+
+def image_columns(schema: pa.Schema) -> list[str]:
+    """The columns that may hold images."""
+    return [field.name for field in schema if _holds_images(field.type)]
 
 
 def _holds_images(kind: pa.DataType) -> bool:
@@ -150,12 +173,25 @@ def _holds_images(kind: pa.DataType) -> bool:
 
 
 def key_column(schema: pa.Schema) -> str | None:
-    """The string column that names the images, if there is one with a usual name."""
+    """The column, of strings or integers, that names the images, if there is one with a usual name."""
     for name in _KEY_COLUMNS:
         k = schema.get_field_index(name)
-        if k >= 0 and (pa.types.is_string(schema.field(k).type) or pa.types.is_large_string(schema.field(k).type)):
+        if k >= 0 and _holds_keys(schema.field(k).type):
             return name
     return None
+
+
+def _holds_keys(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _holds_keys(kind.value_type)
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_integer)
+    return any(test(kind) for test in tests)
+
+
+def hive_columns(source: str) -> dict[str, str | None]:
+    """What the folders of a Parquet file say of its rows, as in "date=2024-01-01/part-0.parquet": values by name."""
+    pairs = (part.split("=", 1) for part in source.split("/")[:-1] if "=" in part)
+    return {name: None if value == _HIVE_NULL else unquote(value) for name, value in pairs if name.isidentifier()}
 
 
 def key_of_file(path: str) -> str:
@@ -163,26 +199,56 @@ def key_of_file(path: str) -> str:
     return path.encode(errors="surrogateescape").decode(errors="replace")
 
 
+def with_members(paths: Iterable[str]) -> dict[str, dict[str, str]]:
+    """The images among the files of a folder, each with what lies beside it: paths of its members by name.
+
+    "a.txt", "a.saliency.npy" and "a.jpg.json" are the members txt, saliency.npy and json of "a.jpg".
+    """
+    files = list(paths)
+    images: dict[str, dict[str, str]] = {path: {} for path in files if extension_of(path) in IMAGE_EXTENSIONS}
+    by_stem: dict[str, str] = {}
+    for path in images:
+        by_stem.setdefault(path.rpartition(".")[0], path)
+    for path in files:
+        stem, name = path, ""
+        while path not in images:
+            stem, dot, extension = stem.rpartition(".")
+            name = f"{extension}.{name}" if name else extension
+            if not dot or "/" in extension:
+                break
+            if (image := stem if stem in images else by_stem.get(stem)) is not None:
+                images[image].setdefault(name.lower(), path)
+                break
+    return images
+
+
 def _read_files(partition: Partition) -> Iterator[Sample | Reject]:
     fs, root = split_uri(partition.source)
+    images = with_members(partition.paths)
+    num_names = len({name for members in images.values() for name in members})
 
     def read(path: str) -> Sample | Reject:
-        key = key_of_file(path)
+        key, data, members = key_of_file(path), None, {}
         try:
             data = _read_file(fs, f"{root}/{path}", partition.num_bytes)
+            if num_names > MAX_MEMBER_NAMES:
+                raise ValueError(f"over {MAX_MEMBER_NAMES} kinds of members in one partition")
+            for name, beside in images[path].items():
+                members[name] = member_value(name, _read_file(fs, f"{root}/{beside}", partition.num_bytes))
         except FileNotFoundError:
-            return Reject(key=key, source=partition.source, stage="read", error="file has disappeared")
+            error = "file has disappeared" if data is None else "a member has disappeared"
+            return Reject(key=key, source=partition.source, stage="read", error=error, image=data)
         except ValueError as error:
-            return Reject(key=key, source=partition.source, stage="read", error=str(error))
-        return Sample(key=key, source=partition.source, image=data)
+            return Reject(key=key, source=partition.source, stage="read", error=str(error), image=data)
+        return Sample(key=key, source=partition.source, image=data, members=members)
 
-    mean_num_bytes = partition.num_bytes / max(1, len(partition.paths))
+    mean_num_bytes = partition.num_bytes / max(1, len(images))
     if isinstance(fs, LocalFileSystem) or mean_num_bytes > _MAX_MEAN_BYTES_AHEAD:
-        yield from map(read, partition.paths)
+        yield from map(read, images)
         return
     # An object store answers each request late, and many at a time.
     with ThreadPoolExecutor(_FILES_AHEAD, thread_name_prefix="cotam-files") as executor:
-        yield from ordered_map(executor, read, partition.paths, 2 * _FILES_AHEAD)
+        yield from ordered_map(executor, read, images, 2 * _FILES_AHEAD)
 
 
 def _read_file(fs: AbstractFileSystem, path: str, partition_num_bytes: int) -> bytes:
@@ -213,11 +279,12 @@ def _read_parquet(partition: Partition) -> Iterator[Sample | Reject]:
         if end > metadata.num_row_groups:
             raise ValueError(f"{source} has {metadata.num_row_groups} row groups, fewer than when it was listed")
         row = sum(metadata.row_group(k).num_rows for k in range(first))
+        stem, folders = PurePosixPath(source).stem, hive_columns(source)
         for k in range(first, end):
             last = row + metadata.row_group(k).num_rows
             try:
                 for values, problem in _rows(parquet, k):
-                    yield _parquet_item(values, problem, source, column, keys, f"{row:09d}")
+                    yield _parquet_item({**folders, **values}, problem, source, column, keys, f"{stem}-{row:09d}")
                     row += 1
                 reason = "fewer rows than its footer says"
             except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
@@ -228,7 +295,7 @@ def _read_parquet(partition: Partition) -> Iterator[Sample | Reject]:
                 raise ValueError(f"row group {k} is damaged, {last - row} rows from row {row} on: {reason}")
             for lost in range(row, last):
                 error_text = f"row group {k} is damaged: {reason}"
-                yield Reject(key=f"{lost:09d}", source=source, stage="read", error=error_text)
+                yield Reject(key=f"{stem}-{lost:09d}", source=source, stage="read", error=error_text)
             row = last
 
 
@@ -269,8 +336,8 @@ def _parquet_item(
     key = values.pop(keys, None) if keys is not None else None
     image = values.pop(column, None)
     if isinstance(image, dict) and isinstance(image.get("path"), str):  # as Hugging Face's datasets have it
-        key = key or image["path"]
-    key = key or default_key
+        key = image["path"] if key is None else key
+    key = default_key if key is None or key == "" else str(key)
     image = image.get("bytes") if isinstance(image, dict) else image
     if image is not None and len(image) > MAX_SAMPLE_BYTES:
         image, problem = None, f"over {MAX_SAMPLE_BYTES} bytes"

@@ -25,7 +25,7 @@ IMAGE_EXTENSIONS = (
 MAX_SAMPLE_BYTES = 2**29
 _TEXT_EXTENSIONS = ("txt", "text", "caption", "json", "jsonl", "cls", "csv", "html", "xml", "yaml")
 _MAX_MEMBERS = 256  # of a sample
-_MAX_NAMES = 1000  # of all members of a tar: each becomes a column
+MAX_MEMBER_NAMES = 1000  # of all members of a tar: each becomes a column
 _MAX_HEADER_BYTES = 2**20  # before a member, with long names and PAX records
 _MAX_PADDING_BYTES = 2**28  # zeros after the end; what comes later was never written by a tar
 _MAX_EMPTY_READS = 8
@@ -149,8 +149,8 @@ class _TarReader:
 
         if group.problem:
             return reject(group.problem)
-        if len(self._names.union(members)) > _MAX_NAMES:
-            return reject(f"over {_MAX_NAMES} kinds of members in one tar")
+        if len(self._names.union(members)) > MAX_MEMBER_NAMES:
+            return reject(f"over {MAX_MEMBER_NAMES} kinds of members in one tar")
         self._names.update(members)
         if image is None:
             names = ", ".join(name or "a name without extension" for name in members)
