@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import logging
-import zlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,12 +18,12 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from cotam.memory import return_freed_memory, use_malloc_for_arrow
-from cotam.store.fs import File, find_files, glob_files, is_transient, one_file, split_uri
+from cotam.store.fs import File, find_files, glob_files, is_transient, one_file, split_uri, uri_of
 from cotam.store.partitions import Partition, Partitions, partition_id
-from cotam.store.readers import TAR_SUFFIXES, image_column, image_columns, parquet_metadata, with_members
+from cotam.store.readers import TAR_SUFFIXES, image_column, image_columns, parquet_metadata
 from cotam.store.tars import IMAGE_EXTENSIONS, extension_of
+from pipelines.image_runs import ImageRuns
 
-FILES_PER_PARTITION = 500  # on average; half to twice as many
 _MIN_NAMES_TO_LIST_FOLDER = 16
 _FOOTERS_AT_A_TIME = 32
 PARQUET_PARTITION_BYTES = 128 * 2**20
@@ -33,7 +32,6 @@ _MAX_LEFT_OUT = 8  # extensions that are named
 _BOOKS = ("_temporary", "_spark_metadata")
 # Formats of tables whose folders also hold files that the table does not refer to any more, by a folder of theirs.
 _TABLES = {"_delta_log": "a Delta", ".hoodie": "a Hudi"}
-_MAX_SINCE_IMAGE = 1000  # files that wait for an image that they belong to
 _MAGIC = "*?["
 
 _Footer = Future[pq.FileMetaData]
@@ -123,10 +121,11 @@ def _parse(uri: str, folders: Mapping[str, Mapping[str, File]]) -> _Pattern:
 
 
 def _list_matches(fs: AbstractFileSystem, path: str, pattern: str, wanted: str | None) -> Iterator[Partition]:
-    """What a glob names: files, or where it matches none, folders."""
+    """What a glob names: files, or where it matches none, or ends with "/", folders."""
     root = path[: min(path.index(c) for c in _MAGIC if c in path)].rpartition("/")[0]
     found = False
-    for partition in _partitions_of(fs, root, pattern, glob_files(fs, path), wanted):
+    files = iter(()) if pattern.endswith("/") else glob_files(fs, path)
+    for partition in _partitions_of(fs, root, pattern, files, wanted):
         found = True
         yield partition
     if not found:
@@ -134,7 +133,7 @@ def _list_matches(fs: AbstractFileSystem, path: str, pattern: str, wanted: str |
         if not folders:
             raise SourceError(f"no file matches {pattern}")
         for folder in folders:
-            yield from _list_folder(fs, folder, _uri(fs, folder), wanted)
+            yield from _list_folder(fs, folder, uri_of(fs, folder), wanted)
 
 
 def _list_once(patterns: list[str]) -> dict[str, dict[str, File]]:
@@ -198,7 +197,7 @@ def _partitions_of(
     What is neither is left out aloud; with ``all_named`` it is an error.
     """
     found = False  # tars or Parquet files with images
-    images = _ImageRuns(fs, root)
+    images = ImageRuns(fs, root)
     tables: list[tuple[File, _Footer]] = []  # without images
     for file, footer in _with_footers(fs, files):
         name = _relative(file.name, root)
@@ -210,7 +209,7 @@ def _partitions_of(
         else:
             if all_named and extension_of(name) not in IMAGE_EXTENSIONS:
                 raise SourceError(
-                    f"{_uri(fs, file.name)} is neither a tar nor a Parquet file nor an image nor a folder"
+                    f"{uri_of(fs, file.name)} is neither a tar nor a Parquet file nor an image nor a folder"
                 )
             yield from images.add(name, file)
         if found and images.found:
@@ -220,7 +219,7 @@ def _partitions_of(
     yield from images.rest()
     if not (found or images.found):
         for file, footer in tables:
-            yield from _list_parquet(file, _uri(fs, file.name), footer, wanted)
+            yield from _list_parquet(file, uri_of(fs, file.name), footer, wanted)
     elif tables:
         images.left_out[".parquet (without images)"] = len(tables)
     if images.left_out and (images.found or tables):  # beside tars there may be anything
@@ -236,73 +235,6 @@ def _has_no_images(footer: _Footer) -> bool:
         return False
 
 
-class _ImageRuns:
-    """Cuts the files of a folder, by name, into runs of images with what lies beside them.
-
-    Attributes:
-        found: whether there was an image. left_out: how many files belong to none, by extension.
-    """
-
-    def __init__(self, fs: AbstractFileSystem, root: str) -> None:
-        self._fs, self._root = fs, root
-        self._files: dict[str, tuple[str, int, str]] = {}  # not in a partition yet: name, size and version by name
-        self._num_images, self._num_since, self._ends = 0, 0, False
-        self.found = False
-        self.left_out: Counter[str] = Counter()
-
-    def add(self, name: str, file: File) -> Iterator[Partition]:
-        """Add the next file; yields the partition that ends before it, if one does."""
-        is_image = extension_of(name) in IMAGE_EXTENSIONS
-        if (is_image and self._ends) or self._num_since >= _MAX_SINCE_IMAGE:
-            yield from self._cut(is_last=False)
-        self._files[name] = (name, file.num_bytes, file.version)
-        self._num_since = 0 if is_image else self._num_since + 1
-        if is_image:
-            self.found = True
-            self._num_images += 1
-            self._ends = _ends_partition(self._num_images, name)
-
-    def rest(self) -> Iterator[Partition]:
-        """The last partition."""
-        yield from self._cut(is_last=True)
-
-    def _cut(self, is_last: bool) -> Iterator[Partition]:
-        images = with_members(self._files)
-        used = {*images}.union(*(members.values() for members in images.values()))
-        if images:
-            yield _image_partition(self._fs, self._root, [file for name, file in self._files.items() if name in used])
-        names = list(self._files)
-        after = names[len(names) - self._num_since :] if not is_last and self._num_since < _MAX_SINCE_IMAGE else []
-        kept = [name for name in after if name not in used]  # of an image that comes next, perhaps
-        self.left_out.update(
-            PurePosixPath(n).suffix or "without an extension" for n in names if n not in {*used, *kept}
-        )
-        self._files = {name: self._files[name] for name in kept}
-        self._num_images, self._num_since, self._ends = 0, len(kept), False
-
-
-def _ends_partition(num_images: int, last: str) -> bool:
-    """Whether a partition ends after so many images: mostly at a name whose hash is 0, not at a count.
-
-    So one image more in a folder changes its own partition only (content-defined chunking), and the others stay done.
-    """
-    half = FILES_PER_PARTITION // 2
-    says_so = zlib.crc32(last.encode(errors="surrogateescape")) % half == 0
-    return num_images >= 2 * FILES_PER_PARTITION or (num_images >= half and says_so)
-
-
-def _image_partition(fs: AbstractFileSystem, folder: str, images: list[tuple[str, int, str]]) -> Partition:
-    """The partition of some images and what is beside them: names below ``folder``, sizes and versions."""
-    stem = f"{PurePosixPath(folder).name}-{images[0][0]}"  # ids in the order of names
-    return Partition(
-        partition_id=partition_id(stem, [(_uri(fs, folder),), *images]),
-        kind="files",
-        source=_uri(fs, folder),
-        paths=tuple(name for name, _, _ in images),
-        num_bytes=sum(num_bytes for _, num_bytes, _ in images),
-    )
-
-
 def _with_footers(fs: AbstractFileSystem, files: Iterable[File]) -> Iterator[tuple[File, _Footer | None]]:
     """Files in order, with what Parquet files say of themselves; on an object store that is a request or two each."""
     with ThreadPoolExecutor(_FOOTERS_AT_A_TIME, thread_name_prefix="cotam-footers") as executor:
@@ -310,7 +242,7 @@ def _with_footers(fs: AbstractFileSystem, files: Iterable[File]) -> Iterator[tup
         try:
             for file in files:
                 is_parquet = file.name.lower().endswith(".parquet")
-                ahead.append((file, executor.submit(parquet_metadata, _uri(fs, file.name)) if is_parquet else None))
+                ahead.append((file, executor.submit(parquet_metadata, uri_of(fs, file.name)) if is_parquet else None))
                 if len(ahead) > _FOOTERS_AT_A_TIME:
                     yield ahead.popleft()
             while ahead:
@@ -323,7 +255,7 @@ def _with_footers(fs: AbstractFileSystem, files: Iterable[File]) -> Iterator[tup
 
 def _list_file(fs: AbstractFileSystem, file: File, footer: _Footer | None, wanted: str | None) -> Iterator[Partition]:
     name = PurePosixPath(file.name).name
-    source = _uri(fs, file.name)
+    source = uri_of(fs, file.name)
     if footer is not None:
         yield from _list_parquet(file, source, footer, wanted)
     else:
@@ -362,7 +294,3 @@ def _list_parquet(file: File, source: str, footer: _Footer, wanted: str | None) 
 
 def _relative(name: str, folder: str) -> str:
     return name[len(folder.rstrip("/")) + 1 :]
-
-
-def _uri(fs: AbstractFileSystem, path: str) -> str:
-    return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))

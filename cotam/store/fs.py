@@ -292,3 +292,8 @@ def split_uri(uri: str) -> tuple[AbstractFileSystem, str]:
     except (ValueError, ImportError) as error:
         raise ValueError(f"cannot open {uri}: {redact(str(error))}") from None
     return fs, path
+
+
+def uri_of(fs: AbstractFileSystem, path: str) -> str:
+    """The URI of a path on a filesystem, which for local ones is the path."""
+    return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))

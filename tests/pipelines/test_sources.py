@@ -12,8 +12,8 @@ import pytest
 
 from cotam.store.readers import parquet_metadata, read_partition
 from cotam.store.records import RunStore
-from cotam.store.schema import Reject
-from pipelines import sources
+from cotam.store.schema import Reject, Sample
+from pipelines import image_runs, sources
 from pipelines.sources import SourceError, list_partitions
 from tests.corpus import photograph, to_bytes, write_tar, write_webdataset
 
@@ -47,14 +47,75 @@ def test_a_changed_tar_is_a_new_partition(tmp_path: Path) -> None:
 def test_folders_of_images_are_cut_into_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(sources, "_ends_partition", lambda num_images, last: num_images == 2)
+    monkeypatch.setattr(image_runs, "_ends_partition", lambda num_images, last: num_images == 2)
     image = to_bytes(photograph(0))
-    names = ["a/3.jpg", "a/1.PNG", "b.webp", ".hidden/x.jpg", "notes.txt"]
+    names = ["a/3.jpg", "a/1.PNG", "a/3.txt", "b.webp", ".hidden/x.jpg", "notes.txt"]
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(image)
-    assert [p.paths for p in list_partitions(str(tmp_path))] == [("a/1.PNG", "a/3.jpg"), ("b.webp",)]
+    assert [p.paths for p in list_partitions(str(tmp_path))] == [("a/1.PNG", "a/3.jpg", "a/3.txt"), ("b.webp",)]
     assert f"left out of {tmp_path}: 1 .txt" in caplog.text
+
+
+def test_what_lies_beside_images_belongs_to_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As img2dataset's "files", YOLO, Google Takeout and kohya write it."""
+    image = to_bytes(photograph(0))
+    files = {
+        "0/a.jpg": image, "0/a.txt": b"A", "0/a.json": b"{}", "0/b.png": image, "0/b.saliency.npy": b"\x93",
+        "0/c.caption": b"C", "0/c.d.jpg": image, "0/c.jpg": image, "0/d.jpg": image, "0/d.jpg.json": b"[]",
+        "0/e.txt": b"of nobody", "0/f.jpg": image, "0/f.txt": b"\xff", "README.md": b"# x",
+    }  # fmt: skip
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    pq.write_table(pa.table({"url": ["http://x"], "status": ["success"]}), tmp_path / "0.parquet")
+    for per_partition in (1, 2, 100):
+        monkeypatch.setattr(image_runs, "_ends_partition", lambda num, last, limit=per_partition: num == limit)
+        caplog.clear()
+        partitions = list_partitions(str(tmp_path))
+        items = [item for partition in partitions for item in read_partition(partition)]
+        samples = {item.key: item.members for item in items if isinstance(item, Sample)}
+        assert samples == {
+            "0/a.jpg": {"json": "{}", "txt": "A"},
+            "0/b.png": {"saliency.npy": b"\x93"},
+            "0/c.d.jpg": {},
+            "0/c.jpg": {"caption": "C"},
+            "0/d.jpg": {"json": "[]"},
+        }
+        (reject,) = (item for item in items if isinstance(item, Reject))
+        assert (reject.key, reject.error, reject.image) == ("0/f.jpg", "member txt is not UTF-8 text", image)
+        assert "1 .parquet (without images)" in caplog.text and "1 .md" in caplog.text
+    before = [p.partition_id for p in partitions]
+    (tmp_path / "0/a.txt").write_bytes(b"another caption")
+    assert [p.partition_id for p in list_partitions(str(tmp_path))] != before
+
+    keys = [key for p in list_partitions(f"{tmp_path}/*/*.jpg") for key in p.paths]
+    assert keys == ["0/a.jpg", "0/c.d.jpg", "0/c.jpg", "0/d.jpg", "0/f.jpg"]
+    assert list_partitions(f"{tmp_path}/*/") == list_partitions(f"{tmp_path}/0")
+    (one,) = list_partitions(f"{tmp_path}/0/{{a,c}}.jpg")
+    assert one.paths == ("a.jpg", "c.jpg")
+
+
+def test_parquet_files_that_are_no_images_are_left_out_beside_tars(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_webdataset(tmp_path, 2, 1)
+    for k in range(2):
+        pq.write_table(pa.table({"url": ["http://x"]}), tmp_path / f"part-{k:04d}.parquet")
+    assert [p.kind for p in list_partitions(str(tmp_path))] == ["tar", "tar"]
+    assert "2 .parquet (without images)" in caplog.text
+
+
+@pytest.mark.parametrize("book", ["_delta_log/00000000000000000000.json", ".hoodie/hoodie.properties"])
+def test_tables_that_keep_deleted_rows_are_refused(tmp_path: Path, book: str) -> None:
+    pq.write_table(pa.table({"image": [b"x"]}), tmp_path / "part-0.parquet")
+    assert len(list_partitions(str(tmp_path))) == 1
+    (tmp_path / book).parent.mkdir()
+    (tmp_path / book).write_text("{}")
+    with pytest.raises(SourceError, match="rows that are deleted from it"):
+        list_partitions(str(tmp_path))
 
 
 def test_links_to_themselves_and_upwards_stop_nothing(tmp_path: Path) -> None:
@@ -89,7 +150,7 @@ def test_what_is_named_twice_is_one_partition(tmp_path: Path) -> None:
 
 
 def test_an_image_more_changes_the_partitions_around_it_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "FILES_PER_PARTITION", 20)
+    monkeypatch.setattr(image_runs, "FILES_PER_PARTITION", 20)
     for k in range(2000):
         (tmp_path / f"IMG_{k:05d}.jpg").touch()
         os.utime(tmp_path / f"IMG_{k:05d}.jpg", (1, 1))

@@ -247,9 +247,27 @@ def test_names_of_hugging_face_files_are_keys(tmp_path: Path) -> None:
     images = [{"bytes": JPEG, "path": "dog_001.jpg"}, {"bytes": JPEG, "path": None}]
     pq.write_table(pa.table({"image": images, "label": [1, 2]}), tmp_path / "a.parquet")
     samples, rejects = split(parquet(tmp_path / "a.parquet"))
-    assert [s.key for s in samples] == ["dog_001.jpg", "000000001"] and not rejects
+    assert [s.key for s in samples] == ["dog_001.jpg", "a-000000001"] and not rejects
     pq.write_table(pa.table({"image": images, "id": ["x", "y"]}), tmp_path / "b.parquet")
     assert [s.key for s in split(parquet(tmp_path / "b.parquet"))[0]] == ["x", "y"]
+
+
+def test_columns_of_keys_and_what_folders_say_of_rows(tmp_path: Path) -> None:
+    text = pa.array(["x", "y"])
+    for keys, expected in (
+        (pa.array([0, 7], pa.int64()), ["0", "7"]),
+        (text.dictionary_encode(), ["x", "y"]),
+        (text.cast(pa.string_view()), ["x", "y"]),
+        (pa.array([1.5, 2.5]), ["part-000000000", "part-000000001"]),
+    ):
+        path = tmp_path / "date=2024-01-01/country=D%C3%A9/city=__HIVE_DEFAULT_PARTITION__/part.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"image": [JPEG] * 2, "image_id": keys, "date": [3, 4]}), path)
+        samples, rejects = split(parquet(path))
+        assert [s.key for s in samples] == expected and not rejects
+        assert [s.members["date"] for s in samples] == [3, 4]  # the file's own column
+        assert samples[0].members["country"] == "Dé" and samples[0].members["city"] is None
+        assert member_types(parquet(path))["country"] == pa.string()
 
 
 def test_a_hundred_thousand_members_in_flat_memory(tmp_path: Path) -> None:
@@ -285,9 +303,9 @@ def test_loose_files_that_are_none_do_not_block(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["tar", "parquet", "files"])
 def test_a_disk_that_cannot_be_read_is_an_os_error(kind: str, tmp_path: Path) -> None:
-    (tmp_path / "bad").symlink_to("/proc/self/mem")  # fails at its first seek or byte
-    source = tmp_path if kind == "files" else tmp_path / "bad"
-    partition = Partition(partition_id="p", kind=kind, source=str(source), paths=("bad",), row_groups=(0, 1))
+    (tmp_path / "bad.jpg").symlink_to("/proc/self/mem")  # fails at its first seek or byte
+    source = tmp_path if kind == "files" else tmp_path / "bad.jpg"
+    partition = Partition(partition_id="p", kind=kind, source=str(source), paths=("bad.jpg",), row_groups=(0, 1))
     with pytest.raises(OSError, match=r"Input/output error|Invalid argument"):
         list(read_partition(partition))
 
@@ -309,7 +327,7 @@ def test_rows_of_a_damaged_row_group_are_rejects_and_the_others_are_read(tmp_pat
     path.write_bytes(data)
     samples, rejects = split(parquet(path))
     assert [s.image for s in samples] == images[:20] + images[40:]
-    assert [r.key for r in rejects] == [f"{k:09d}" for k in range(20, 40)]
+    assert [r.key for r in rejects] == [f"damaged-{k:09d}" for k in range(20, 40)]
     assert all("row group 1 is damaged" in r.error for r in rejects)
 
 
@@ -337,7 +355,9 @@ def test_columns_of_every_type_come_back_and_rows_that_cannot_are_rejects(tmp_pa
         pq.write_table(pa.table({"image": images, **members}), path)
         samples, rejects = split(parquet(path))
         named = pa.types.is_struct(images.type)
-        assert [s.image for s in samples] == [JPEG] * 2 and [r.key for r in rejects] == ["p" if named else "000000001"]
+        assert [s.image for s in samples] == [JPEG] * 2 and [r.key for r in rejects] == [
+            "p" if named else "types-000000001"
+        ]
         assert rejects[0].error.startswith("row cannot be read") and rejects[0].error.endswith("(column txt)")
         assert "utf-8" in rejects[0].error and rejects[0].image == JPEG
         with ShardWriter(tmp_path / "shard.parquet", {}, member_types(parquet(path))) as writer:
