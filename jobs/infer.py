@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,6 +26,9 @@ from jobs.options import (
     Task,
 )
 from jobs.storage import StorageOptions
+
+if TYPE_CHECKING:
+    from cotam.tasks.questions import Coverage
 
 
 def infer(
@@ -79,6 +82,9 @@ def infer(
         partitions, made_with = list_shards(source), source.manifest()["config"]
         if (unfinished := source.unfinished_job()) is not None:
             warn(unfinished)
+        keys = (key for p in partitions for key in each(read_keys(source.root, p.paths[0])))
+        if (other := questions.other_keys(keys)) is not None:
+            raise ValueError(f"no key of {src} is in {task}: there they are like {other[0]!r}, here like {other[1]!r}")
     else:
         partitions = list_partitions(src, image_column)
         if input_kind == "tokens":
@@ -98,22 +104,23 @@ def infer(
         summary = run_job(make_task, partitions, store, resources, ray_address, quiet)
         paths = finished_data(store, partitions)
         metrics = summarise(partial(read_predictions, store.root, paths), metric)
-        not_asked = questions.left_out(key for p in paths for key in each(read_keys(store.root, p)))
-        metrics["num_not_asked"] = sum(not_asked.values())
+        coverage = questions.coverage(key for p in paths for key in each(read_keys(store.root, p)))
+        metrics["num_not_asked"] = sum(coverage.not_asked.values())
+        metrics["num_repeated_keys"] = len(coverage.repeated)
         store.root.write_json("metrics.json", metrics)
     if as_json:
         print_json(metrics)
     else:
         print_summary(summary, store.root.uri)
         if metrics["num_questions"]:
-            _print_metrics(metrics, list(not_asked))
+            _print_metrics(metrics, coverage)
     check_complete(summary)
     if not metrics["num_questions"]:
-        why = f"no key of {src} is in {task}" if not_asked else f"no image of {src} has questions in {task}"
+        why = f"no key of {src} is in {task}" if coverage.not_asked else f"no image of {src} has questions in {task}"
         raise Incomplete(f"nothing was asked: {why}, or all are rejects, which `cotam inspect {dst} --rejects` lists")
 
 
-def _print_metrics(metrics: dict[str, Any], keys_not_asked: list[str]) -> None:
+def _print_metrics(metrics: dict[str, Any], coverage: Coverage) -> None:
     from jobs.console import say
 
     say(f"{metrics['num_questions']} questions about {metrics['num_images']} images, {metrics['bpp']:.3f} bpp.")
@@ -123,7 +130,10 @@ def _print_metrics(metrics: dict[str, Any], keys_not_asked: list[str]) -> None:
         asked = f"{result['num_questions']} questions{blind}"
         say(f"  {name:10} {result['score']:6.1%}  ({low:.1%} to {high:.1%}, {asked})")
     if metrics["num_not_asked"]:
-        shown = ", ".join(map(repr, keys_not_asked[:3]))
+        shown = ", ".join(map(repr, list(coverage.not_asked)[:3]))
         say(f"{metrics['num_not_asked']} questions are not counted, as there are no decoded images for them: {shown}.")
+    if coverage.repeated:
+        shown = ", ".join(map(repr, coverage.repeated[:3]))
+        say(f"{len(coverage.repeated)} keys are those of several images, each of which was asked about: {shown}.")
     if metrics["num_errors"]:
         say(f"{metrics['num_errors']} questions have no answer; the column `error` says why.")

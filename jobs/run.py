@@ -49,12 +49,14 @@ def run_job(
 
 
 def check_complete(summary: JobSummary, max_reject_rate: float = 1.0) -> None:
-    """Raise Incomplete for failed partitions, or for more rejects than allowed."""
+    """Raise Incomplete for failed partitions, for more rejects than allowed, or for nothing else."""
     if summary.num_failed:
         shown = "; ".join(f"{f['partition_id']}: {f['error']}" for f in summary.failures[:3])
         raise Incomplete(
             f"{summary.num_failed} of {summary.num_partitions} partitions failed, run again to retry: {shown}"
         )
+    if summary.num_images and not summary.num_rows:
+        raise Incomplete(f"all {summary.num_images} images are rejects")
     if summary.num_rejects > max_reject_rate * summary.num_images:
         rate = summary.num_rejects / summary.num_images
         raise Incomplete(f"{rate:.1%} of the images are rejects, more than --max-reject-rate {max_reject_rate}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
 import io
@@ -26,10 +27,10 @@ from cotam.store.schema import Reject, Row
 from cotam.store.shard import RejectWriter, read_rows
 from cotam.stream import DecodedRow, decode_stream
 from pipelines.counter import PartitionCounter, Report
+from pipelines.file_names import safe_path
 from pipelines.publish import publish_shard
 
 FORMATS = ("png", "jpg", "webdataset")
-_MAX_NAME_BYTES = 200  # file systems take 255, of which a temporary name needs some
 _JPEG_OPTIONS = {"quality": 95, "subsampling": 0}
 
 
@@ -120,19 +121,18 @@ class DecodeTask:
             return item
         row = item.row
         extension = "png" if self._config.format == "webdataset" else self._config.format
-        stem, members = str(PurePosixPath(row.key)), row.members  # a/b, a//b and ./a/b are one file
-        if self._config.format == "webdataset" and (plain := _without_dots(stem)) != stem:
-            stem, members = plain, {"key.txt": row.key, **members}
-        # Of a sample with several images one is a member, which may have the decoded image's name.
-        names = {m: f"{stem}.member.{m}" if m == extension else f"{stem}.{m}" for m in members}
-        if not row.key or not all(_is_safe(name) for name in (row.key, f"{stem}.{extension}", *names.values())):
-            return _reject(row, "key or a member's name is no relative path that a file inside DST can have")
+        stem, members = safe_path(row.key), row.members  # a/b, a//b and ./a/b are one file
+        if self._config.format == "webdataset":
+            stem = _without_dots(stem)
+        if stem != str(PurePosixPath(row.key)):
+            members = {"key.txt": row.key, **members}
+        files = [_member_file(stem, name, value, extension) for name, value in members.items() if value is not None]
         with times.measure("image"):
             if extension == "png":
                 image = encode_image(item.pixels, "PNG", compress_level=1)
             else:
                 image = encode_image(item.pixels, "JPEG", **_JPEG_OPTIONS)
-        return row, [(f"{stem}.{extension}", image), *((name, _to_bytes(members[m])) for m, name in names.items())]
+        return row, [(safe_path(f"{stem}.{extension}"), image), *files]
 
 
 def _counted(
@@ -182,15 +182,17 @@ def _reject(row: Row, error: str) -> Reject:
     return Reject(key=row.key, source=row.source, stage="decode", error=error, image=row.bitstream)
 
 
-def _is_safe(name: str) -> bool:
-    """Whether a file name from outside stays inside the folder it is joined to, and can be a file there."""
-    parts = PurePosixPath(name).parts
-    is_plain = "\\" not in name and not any(c < " " or c == "\x7f" for c in name)
-    fits = all(len(part.encode()) <= _MAX_NAME_BYTES for part in parts)
-    return bool(parts) and not name.startswith("/") and ".." not in parts and is_plain and fits
+def _member_file(stem: str, member: str, value: Any, extension: str) -> tuple[str, bytes]:
+    """Name and content of the file of a member, beside an image ``stem``.``extension``."""
+    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):  # as Hugging Face's
+        suffix = PurePosixPath(str(value.get("path") or "")).suffix
+        member, value = member if member.endswith(suffix) else f"{member}{suffix}", value["bytes"]
+    # Of a sample with several images one is a member, which may have the decoded image's name.
+    name = f"{stem}.member.{member}" if member == extension else f"{stem}.{member.replace('/', '_')}"
+    if not isinstance(value, bytes):
+        value = (value if isinstance(value, str) else json.dumps(value, default=_for_json)).encode()
+    return safe_path(name), value
 
 
-def _to_bytes(value: Any) -> bytes:
-    if isinstance(value, bytes):
-        return value
-    return (value if isinstance(value, str) else json.dumps(value, default=str)).encode()
+def _for_json(value: Any) -> str:
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)

@@ -6,8 +6,10 @@ import dataclasses
 import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
@@ -15,6 +17,14 @@ from cotam.errors import one_line
 from cotam.store.fs import split_uri
 
 SCENEQA_MEMBER = "member:questions.json"
+# Names that the fields of a question have in question files, the first that is there being taken.
+_FIELDS = {
+    "key": ("key", "image"),
+    "question": ("question", "text"),
+    "answers": ("answers", "answer", "label"),
+    "type": ("type",),
+    "level": ("level",),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +44,17 @@ class Question:
     answers: tuple[str, ...]
     type: str = ""
     level: str = ""
+
+
+class Coverage(NamedTuple):
+    """What became of the questions of a file.
+
+    not_asked: how many are about each key that is no image's. repeated: keys of several images, about each of which
+    their questions were asked.
+    """
+
+    not_asked: dict[str, int]
+    repeated: list[str]
 
 
 class QuestionSource:
@@ -63,12 +84,20 @@ class QuestionSource:
         value = members.get(self._member)
         return [] if value is None else questions_of_member(key, value)
 
-    def left_out(self, keys: Iterable[str]) -> dict[str, int]:
-        """Of a file, how many questions are about each image that is none of ``keys``."""
-        left = {key: len(questions) for key, questions in self._by_key.items()}
-        for key in keys:
-            left.pop(key, None)
-        return left
+    def other_keys(self, keys: Iterable[str]) -> tuple[str, str] | None:
+        """Of a file, one of its keys and one of ``keys``, where they have none in common; else None."""
+        remaining = iter(keys)
+        first = next(remaining, None)
+        if first is None or not self._by_key or any(key in self._by_key for key in chain([first], remaining)):
+            return None
+        return next(iter(self._by_key)), first
+
+    def coverage(self, keys: Iterable[str]) -> Coverage:
+        """What became of the questions of a file; ``keys`` are of the images, once for each question."""
+        num_asked = Counter(key for key in keys if key in self._by_key)
+        num = {key: len(questions) for key, questions in self._by_key.items()}
+        not_asked = {key: n for key, n in num.items() if key not in num_asked}
+        return Coverage(not_asked, [key for key, n in num_asked.items() if n > num[key]])
 
 
 def task_sha256(task: str) -> str | None:
@@ -81,24 +110,30 @@ def task_sha256(task: str) -> str | None:
 
 
 def read_questions(uri: str) -> dict[str, list[Question]]:
-    """The questions of a JSONL or Parquet file by image key, in the order of the file.
+    """The questions of a JSON, JSONL or Parquet file by image key, in the order of the file.
 
-    Columns: key, question, answers (a list, or one string), and type and level if there are any.
+    Columns: key (or image), question (or text), answers (a list, or one; or answer, or label), and type and level if
+    there are any. So the files of POPE and the like are taken as they are; answers may be objects as VQA's.
 
     Raises:
         ValueError: another kind of file, or a row at fault, named by its number from 1.
         OSError: the file cannot be read.
     """
-    if not uri.endswith((".jsonl", ".ndjson", ".parquet")):
-        raise ValueError(f"{uri}: questions come as .jsonl or .parquet")
+    if not uri.endswith((".json", ".jsonl", ".ndjson", ".parquet")):
+        raise ValueError(f"{uri}: questions come as .json, .jsonl or .parquet")
     fs, path = split_uri(uri)
     by_key: dict[str, list[Question]] = {}
     with fs.open(path, "rb") as file:
         if path.endswith(".parquet"):
             parquet = pq.ParquetFile(file)
-            columns = [c for c in ("key", "question", "answers", "type", "level") if c in parquet.schema_arrow.names]
+            known = [name for names in _FIELDS.values() for name in names]
+            columns = [name for name in parquet.schema_arrow.names if name in known]
             rows: Iterable[Any] = parquet.read(columns).to_pylist()
+        elif file.read(1) == b"[":
+            file.seek(0)
+            rows = json.load(file)
         else:
+            file.seek(0)
             rows = (line for line in file if line.strip())
         for number, row in enumerate(rows, 1):
             try:
@@ -125,19 +160,28 @@ def questions_of_member(key: str, value: Any) -> list[Question]:
 
 
 def _question(row: Mapping[str, Any]) -> Question:
-    answers = row["answers"]
-    if isinstance(answers, Mapping):
-        raise ValueError("answers must be a list of strings, or one string")
-    answers = (answers,) if isinstance(answers, str) else tuple(answers)
-    if not answers or not all(isinstance(a, str) for a in answers):
-        raise ValueError("answers must be strings, one at least")
-    for name in ("key", "question"):
-        if not isinstance(row[name], str):
-            raise ValueError(f"{name} must be a string")
-    kind, level = (sys.intern(str(row.get(name) or "")) for name in ("type", "level"))
-    for text in (row["key"], row["question"], *answers, kind, level):
-        text.encode()  # half of a cut emoji is JSON, but no text that can be asked or stored
-    return Question(key=row["key"], question=row["question"], answers=answers, type=kind, level=level)
+    if not isinstance(row, Mapping):
+        raise ValueError("no object with key, question and answers")
+    values = {field: next((row[n] for n in names if row.get(n) is not None), None) for field, names in _FIELDS.items()}
+    missing = [" or ".join(_FIELDS[field]) for field in ("key", "question", "answers") if values[field] is None]
+    if missing:
+        raise ValueError(f"no {', no '.join(missing)}; there is {', '.join(map(str, row))}"[:300])
+    answers = values["answers"] if isinstance(values["answers"], list | tuple) else [values["answers"]]
+    answers = tuple(_text(a.get("answer") if isinstance(a, Mapping) else a, "an answer") for a in answers)
+    if not answers:
+        raise ValueError("no answer")
+    key, question = _text(values["key"], "key"), _text(values["question"], "question")
+    kind, level = (sys.intern(_text(values[name] or "", name)) for name in ("type", "level"))
+    return Question(key=key, question=question, answers=answers, type=kind, level=level)
+
+
+def _text(value: Any, what: str) -> str:
+    """A string, or a whole number as one."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(f"{what} is no string")
+    text = str(value)
+    text.encode()  # half of a cut emoji is JSON, but no text that can be asked or stored
+    return text
 
 
 def _reason(error: Exception) -> str:

@@ -180,16 +180,34 @@ def test_parquet_with_an_image_column(tmp_path: Path) -> None:
     assert all(r["width"] == 96 for r in rows)
 
 
-def test_png_output_stays_inside_its_folder(tmp_path: Path) -> None:
-    images = [to_bytes(photograph(k)) for k in range(2)]
-    table = pa.table({"jpg": images, "key": ["../../escape", "fine/name"]})
-    pq.write_table(table, tmp_path / "in.parquet")
+def test_whatever_keys_and_members_are_called_every_image_is_decoded_inside_its_folder(tmp_path: Path) -> None:
+    long = "x" * 250
+    keys = ["../../escape", "fine/name", "/mnt/a/1", "C:\\x", "line\nbreak", "..", long]
+    images = [to_bytes(photograph(k)) for k in range(len(keys))]
+    second = [{"bytes": b"another image", "path": "image_2.webp"}] * len(keys)
+    members = {"../climbs": ["c"] * len(keys), "image_2": second, "nested": [[{"b": b"\xff"}]] * len(keys)}
+    pq.write_table(pa.table({"jpg": images, "key": keys, **members}), tmp_path / "in.parquet")
     encode(str(tmp_path / "in.parquet"), str(tmp_path / "out"))
-    summary = decode(str(tmp_path / "out"), str(tmp_path / "back"), "png")
-    assert (summary.num_rows, summary.num_rejects) == (1, 1)
-    written = [p.relative_to(tmp_path / "back/data").parts[1:] for p in (tmp_path / "back/data").rglob("*.png")]
-    assert written == [("fine", "name.png")]
-    assert not list(tmp_path.rglob("escape*"))
+    before = set(tmp_path.rglob("*"))
+    for kind in ("jpg", "webdataset"):
+        summary = decode(str(tmp_path / "out"), str(tmp_path / kind), kind)
+        assert (summary.num_rows, summary.num_rejects) == (len(keys), 0)
+    outside = {p for p in tmp_path.rglob("*") if not {tmp_path / "jpg", tmp_path / "webdataset"} & {p, *p.parents}}
+    assert outside == before
+    (folder,) = (tmp_path / "jpg/data").iterdir()
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    decoded = {name: content for name, content in files.items() if name.endswith(".jpg")}
+    assert {*decoded} >= {"escape.jpg", "fine/name.jpg", "mnt/a/1.jpg", "C:/x.jpg", "line_break.jpg", "_.jpg"}
+    assert len(decoded) == len(keys) and max(len(Path(name).name) for name in files) < 255
+    with Image.open(io.BytesIO(decoded["fine/name.jpg"])) as image:
+        assert image.format == "JPEG" and psnr_rgb(np.asarray(photograph(1)), np.asarray(image)) > 22
+    assert files["escape.key.txt"] == b"../../escape" and "fine/name.key.txt" not in files
+    assert files["fine/name.image_2.webp"] == b"another image" and files["fine/name..._climbs"] == b"c"
+    assert files["fine/name.nested"] == b'[{"b": "/w=="}]'
+    again = encode(str(tmp_path / "webdataset/data/*.tar"), str(tmp_path / "again"))
+    assert (again.num_rows, again.num_rejects) == (len(keys), 0)
+    rows = ds.dataset(tmp_path / "again/data").to_table().to_pylist()
+    assert {row["key.txt"] or row["key"] for row in rows} == {*keys}
 
 
 def test_names_that_meet_on_a_disk_or_in_a_tar_cost_no_image(tmp_path: Path) -> None:
