@@ -62,7 +62,7 @@ def test_members() -> None:
     for value in (rows, json.dumps(rows), json.dumps(rows).encode(), {"questions": rows}):
         assert questions_of_member("a", value) == EXPECTED["a"]
     with pytest.raises(
-        ValueError, match="questions of image 'a': no answers or answer or label; there is question, key"
+        ValueError, match="image 'a': no answers or answer or label; there is question, key"
     ):
         questions_of_member("a", [{"question": "Why?"}])
     with pytest.raises(ValueError, match="questions of image 'a'"):
