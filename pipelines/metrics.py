@@ -57,7 +57,7 @@ _REASON = re.compile(
     |(?P<missing>file\ has\ disappeared|no\ image\ in\ column|sample\ has\ no\ image)
     |(?P<damaged>tar\ is\ damaged|tar\ has\ no\ end\ marker|row\ group\ \d+\ is\ damaged|row\ cannot\ be\ read)
     |(?P<permission>no\ permission)
-    |(?P<member>member\ |no\ importance|importance\ member|questions\ of\ image)
+    |(?P<member>member\ |a\ member\ has|no\ importance|importance\ member|questions\ of\ image)
     |(?P<key>key\ |another\ image|the\ name\ of\ one\ image)
     |(?P<bitstream>bitstream)""",
     re.VERBOSE,

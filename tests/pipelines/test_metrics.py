@@ -16,7 +16,6 @@ from cotam.store.schema import Reject, Row
 from cotam.stream import decode_stream, encode_stream
 from pipelines import metrics
 from pipelines.counter import Counts, PartitionCounter
-from pipelines.decode import DecodeConfig, DecodeTask
 from tests.corpus import bad_files, photograph, to_bytes, write_tar
 
 PARTITION = Partition(partition_id="p-1", kind="tar", source="s3://corpus/a.tar")
@@ -40,6 +39,19 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     seen = Recorded()
     monkeypatch.setattr(ray_metrics.Metric, "_record", lambda self, value, tags=None: seen.record(self, value, tags))
     return seen
+
+
+def test_reasons_that_no_bad_corpus_has() -> None:
+    reasons = {
+        "key": ["another image of this shard has the same key", "the name of one image of this shard is a folder of x"],
+        "format": ["several pages: split it", "signed or 32-bit samples, whose range", "planes of 16-bit samples: x"],
+        "size": ["a JPEG of over 1000 scans, perhaps", "160x64 pixels, over webp's limit of 100 a side"],
+        "member": ["a member has disappeared", "questions of image 'a': no answer"],
+    }
+    for reason, errors in reasons.items():
+        for error in errors:
+            reject = Reject(key="k", source="s", stage="read", error=error)
+            assert (error, metrics.reject_reason(reject)) == (error, reason)
 
 
 def test_every_reject_of_a_bad_corpus_has_one_of_a_few_reasons(tmp_path: Path, codec: Codec) -> None:
@@ -123,7 +135,3 @@ def test_times_are_those_of_the_stage_alone_and_errors_pass() -> None:
         for _ in times.iterate("read", items()):
             time.sleep(0.1)  # the consumer's own time
     assert 0.06 <= times.seconds()["read"] < 0.25
-
-
-def test_every_task_names_its_command() -> None:
-    assert DecodeTask(DecodeConfig(), "cpu", 1).command == "decode"

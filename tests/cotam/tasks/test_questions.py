@@ -61,9 +61,7 @@ def test_members() -> None:
     rows = [{**r, "key": 7} for r in ROWS if r["key"] == "a"]  # the sample's own key counts
     for value in (rows, json.dumps(rows), json.dumps(rows).encode(), {"questions": rows}):
         assert questions_of_member("a", value) == EXPECTED["a"]
-    with pytest.raises(
-        ValueError, match="image 'a': no answers or answer or label; there is question, key"
-    ):
+    with pytest.raises(ValueError, match="image 'a': no answers or answer or label; there is question, key"):
         questions_of_member("a", [{"question": "Why?"}])
     with pytest.raises(ValueError, match="questions of image 'a'"):
         questions_of_member("a", "{not json")
