@@ -253,6 +253,22 @@ def test_importance_without_contrast_or_strength_is_a_uniform_quality(
     assert flipped == codec.encode(image, 4, importance[:, ::-1].copy()) != uniform
 
 
+@pytest.mark.parametrize("quality", [1.0, 1.5, 7.5, 8.0])
+@pytest.mark.parametrize("strength", [6.0, -6.0])
+def test_maps_stay_inside_the_model_and_decode(
+    codec: Codec, photos: dict[str, RGBImage], quality: float, strength: float
+) -> None:
+    image = photos["coffee"]
+    importance = np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)
+    quality_map = codec.quality_index(quality, image, importance, strength)
+    assert isinstance(quality_map, np.ndarray) and quality_map.max() < codec.model.config.num_q
+    assert quality_map.min() == 0 if quality < 4 else quality_map.max() == codec.model.config.num_q - 1
+    grid = np.asarray(quality_map, dtype=float)
+    rises = np.corrcoef(grid.mean(0), np.arange(grid.shape[1]))[0, 1]
+    assert rises * strength > 0  # more where it is more important
+    assert codec.decode(codec.encode(image, quality, importance, strength)).shape == image.shape
+
+
 def test_map_takes_at_most_3_percent(codec: Codec, photos: dict[str, RGBImage]) -> None:
     """At the default quality and strength, for a map as smooth as attention is: together, and 4 % of any one."""
     i, j = np.mgrid[-1:1:24j, -1:1:24j]  # type: ignore[misc]

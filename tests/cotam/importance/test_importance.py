@@ -108,14 +108,60 @@ def test_batches_of_mixed_sizes_change_nothing(estimator: ImportanceEstimator, p
         np.testing.assert_allclose(together, alone, atol=1e-4)
 
 
-def test_large_images_are_looked_at_in_tiles(estimator: ImportanceEstimator) -> None:
-    """A small bright mark in a large plain image: tiles see it, and the map is finer than the tower's grid."""
-    image = np.full((512, 512, 3), 90, np.uint8)
-    image[140:180, 330:370] = np.random.default_rng(0).integers(0, 256, (40, 40, 3))
-    (importance,) = estimator([image])
-    assert importance.shape == (32, 32)  # four by four tiles of eight by eight patches
-    (small,) = estimator([np.ascontiguousarray(image[::8, ::8])])
+def test_large_images_are_looked_at_in_tiles_which_share_out_what_the_whole_gave(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A tower that attends to bright patches: a mark in any corner of a large, long image is found where it is."""
+    estimator = ImportanceEstimator(AttentionTower(_tiny(), 2, HALF, HALF))
+
+    def brightness(tower: AttentionTower, pixels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.avg_pool2d(pixels.float().mean(1), 8) ** 2
+
+    monkeypatch.setattr(AttentionTower, "forward", brightness)
+    for top, left in ((24, 40), (24, 700), (330, 40), (330, 700)):
+        image = np.full((384, 768, 3), 40, np.uint8)
+        image[top : top + 24, left : left + 24] = 250
+        (importance,) = estimator([image])
+        rows, columns = importance.shape
+        assert (rows, columns) > (8, 16)  # finer than the tower's grid
+        middle = top + 12
+        at_mark, elsewhere_in_its_tile = (
+            importance[y * rows // 384, (left + 12) * columns // 768]
+            for y in (middle, 2 * (middle // 128 * 128) + 128 - middle)  # upside down
+        )
+        assert at_mark > 0.95 and elsewhere_in_its_tile < 0.5
+        where = np.argwhere(importance >= 0.95)
+        assert (np.abs((where + 0.5) * (384 / rows, 768 / columns) - (middle, left + 12)) < 64).all()
+    (plain,) = estimator([np.full((384, 768, 3), 40, np.uint8)])
+    assert not plain.any()
+    (small,) = estimator([np.zeros((64, 64, 3), np.uint8)])
     assert small.shape == (8, 8)
+
+
+def test_positions_of_other_grids_keep_rows_and_columns_apart() -> None:
+    tower = AttentionTower(_tiny(), 2, HALF, HALF)
+    ramps = torch.stack(torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij"), dim=2)  # row, column
+    with torch.no_grad():
+        tower.visual.positional_embedding[1:, :2] = ramps.flatten(0, 1)
+    rows, columns = tower._positions(4, 16, torch.float32, torch.device("cpu"))[1:, :2].unflatten(0, (4, 16)).unbind(2)
+    np.testing.assert_allclose(rows, ((torch.arange(4) + 0.5) * 2 - 0.5)[:, None].expand(4, 16), atol=0.3)
+    np.testing.assert_allclose(columns, ((torch.arange(16) + 0.5) / 2 - 0.5)[None].expand(4, 16), atol=0.3)
+
+
+def test_whatever_changes_attention_changes_the_fingerprint() -> None:
+    def fingerprint(mean: tuple[float, ...] = HALF, std: tuple[float, ...] = HALF, **changes: object) -> str:
+        visual = _tiny()
+        for name, value in changes.items():
+            setattr(visual.transformer.resblocks[0].attn if name == "num_heads" else visual, name, value)
+        return AttentionTower(visual, 2, mean, std).fingerprint()
+
+    found = [
+        fingerprint(),
+        fingerprint(mean=(0.5, 0.5, 0.4)),
+        fingerprint(std=(0.5, 0.5, 0.4)),
+        fingerprint(num_heads=4),
+    ]
+    assert len({*found}) == len(found) and fingerprint() == found[0]
 
 
 def test_other_towers_and_layers_are_refused(tmp_path: Path) -> None:

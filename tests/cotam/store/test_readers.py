@@ -16,13 +16,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from cotam.store.fs import Root
 from cotam.store.partitions import Partition
-from cotam.store.readers import image_column, member_types, parquet_metadata, read_partition
+from cotam.store.readers import image_column, member_types, parquet_metadata, read_partition, with_members
 from cotam.store.schema import Reject, Row, Sample
 from cotam.store.shard import ShardWriter, read_rows
 from cotam.store.source_file import SourceFile
+from cotam.store.tars import IMAGE_EXTENSIONS
 from tests.bad_corpora import AFTER, COMPRESSIONS, END, GOOD, JPEG, bad_tars, header, member, pax, pax_record
 from tests.corpus import photograph, to_bytes, write_tar, write_webdataset
 
@@ -136,6 +138,31 @@ def test_which_images_of_a_tar_are_samples_and_which_are_members(tmp_path: Path)
     assert samples["with text"] == [("b", True, {"right.jpg": other, "json": "{}"})]
     assert samples["phone"] == [("a", False, {"txt": "A"}), ("b", True, {})]
     assert [key for key, _, _ in samples["many"]] == [f"IMG.{k:04d}" for k in range(1200)]
+
+
+@pytest.mark.parametrize("extension", IMAGE_EXTENSIONS)
+def test_files_of_every_kind_of_image_are_images_in_tars_and_folders(extension: str, tmp_path: Path) -> None:
+    samples, rejects = read(write_tar(tmp_path / "a.tar", [(f"x.{extension}", JPEG), ("x.txt", b"t")]))
+    assert [(s.key, s.image, s.members) for s in samples] == [("x", JPEG, {"txt": "t"})] and not rejects
+    assert with_members(["x.txt", f"x.{extension.upper()}"]) == {f"x.{extension.upper()}": {"txt": "x.txt"}}
+
+
+def test_a_loose_file_without_permission_costs_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.jpg", "b.jpg", "b.txt", "c.jpg"):
+        (tmp_path / name).write_bytes(JPEG if name.endswith("jpg") else b"t")
+    read_whole = LocalFileSystem.cat_file
+
+    def cat_file(fs: LocalFileSystem, path: str) -> bytes:  # tests may run as root, who may read everything
+        if path.endswith(("a.jpg", "b.txt")):
+            raise PermissionError(path)
+        return bytes(read_whole(fs, path))
+
+    monkeypatch.setattr(LocalFileSystem, "cat_file", cat_file)
+    names = ("a.jpg", "b.jpg", "b.txt", "c.jpg")
+    samples, rejects = split(Partition(partition_id="p", kind="files", source=str(tmp_path), paths=names))
+    assert [s.key for s in samples] == ["c.jpg"]
+    assert [(r.key, r.image) for r in rejects] == [("a.jpg", None), ("b.jpg", JPEG)]
+    assert all("no permission" in r.error for r in rejects)
 
 
 def test_names_without_images_and_odd_members(tmp_path: Path) -> None:
