@@ -85,7 +85,7 @@ def test_kill_9_in_the_middle_then_the_same_command(tmp_path: Path) -> None:
     assert "00000" in cotam("inspect", str(dst), "--limit", "1").stdout
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_job_that_is_stopped_says_how_it_goes_on_and_is_not_taken_for_finished(
     tmp_path: Path, stop: signal.Signals
 ) -> None:
