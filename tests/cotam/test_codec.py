@@ -333,7 +333,7 @@ def test_altered_bitstreams_with_a_valid_checksum_are_refused_or_decode(
     image = photos["chelsea"][:40, :50]
     uniform, mapped = codec.encode(image), codec.encode(image, importance=np.eye(4))
     num_refused = 0
-    for k in range(300):
+    for k in range(100):
         body = bytearray((uniform, mapped)[k % 2][:-4])
         start = 5 if k % 4 < 2 else len(body) // 2  # from the flags on, or only in the latents
         for at in rng.integers(start, len(body), rng.integers(1, 6)):
@@ -346,7 +346,7 @@ def test_altered_bitstreams_with_a_valid_checksum_are_refused_or_decode(
             num_refused += 1
         else:
             assert pixels.dtype == np.uint8
-    assert num_refused > 250
+    assert num_refused > 80
 
 
 def test_golden_bitstreams_decode_to_what_they_always_did(codec: Codec) -> None:

@@ -80,6 +80,7 @@ def write_bad_parquet(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.usefixtures("in_process")
 def test_everything_bad_in_one_job(tmp_path: Path) -> None:
     source, dst = tmp_path / "in", str(tmp_path / "out")
     source.mkdir()
@@ -108,7 +109,8 @@ def test_everything_bad_in_one_job(tmp_path: Path) -> None:
         assert all(e in r.error for e, r in zip(outcome.rejects, rejects, strict=True)), name
     assert (records["good.parquet"].num_rows, records["good.parquet"].num_rejects) == (3, 2)
     assert records["packed.tar.gz"].num_rejects == 1
-    assert {Path(f["source"]).name.split(".")[0]: True for f in summary.failures} == dict.fromkeys(failures, True)
+    left_out = {"lists", "no-column", "numbers"}  # Parquet files without images, which are metadata beside others
+    assert {Path(f["source"]).name.split(".")[0] for f in summary.failures} == {*failures} - left_out
     for failure in summary.failures:
         assert failures[Path(failure["source"]).name.split(".")[0]] in failure["error"] and "\n" not in failure["error"]
     assert summary.num_images == summary.num_rows + summary.num_rejects
@@ -145,7 +147,7 @@ def test_where_there_is_nothing_a_line_says_so(tmp_path: Path) -> None:
             list_partitions(f"{tmp_path}/in/{name}.parquet")
     with pytest.raises(SourceError, match="holds no rows"):
         list_partitions(f"{tmp_path}/in/no-row-groups.parquet")
-    with pytest.raises(SourceError, match="no image column 'photo'"):
+    with pytest.raises(SourceError, match="column 'photo' is none that holds"):
         list_partitions(f"{tmp_path}/in/good.parquet", "photo")
     (tmp_path / "in/beside.jpg").write_bytes(JPEG)
     with pytest.raises(SourceError, match="images beside tars or Parquet files"):
@@ -182,6 +184,7 @@ def write_corpus_of_one_large_tar(folder: Path) -> int:
     return 12
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_a_full_disk_of_a_worker_fails_its_partition_and_a_rerun_makes_it_good(tmp_path: Path) -> None:
     num_images = write_corpus_of_one_large_tar(tmp_path / "in")
     dst = str(tmp_path / "out")
@@ -206,6 +209,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_a_full_disk_under_dst_fails_what_does_not_fit(tmp_path: Path, small_disk: Path) -> None:
     num_images = write_corpus_of_one_large_tar(tmp_path / "in")
     dst = str(small_disk / "out")

@@ -1,27 +1,18 @@
-"""Corpora through Ray Data into Parquet and back."""
+"""Corpora into Parquet and back, as the commands do it; tests/pipelines/test_ray.py has what is Ray's."""
 
 from __future__ import annotations
 
 import dataclasses
-import faulthandler
-import gc
 import io
 import os
-import resource
-import signal
-import time
 from functools import partial
 from pathlib import Path
 
-import duckdb
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
-import ray
-import torch
 from PIL import Image
 
 from cotam.codec import Codec
@@ -30,62 +21,15 @@ from cotam.store.fs import Root
 from cotam.store.partitions import Partition, partition_id
 from cotam.store.records import Completion, RunStore
 from cotam.store.shard import read_rejects, rejects_path
-from cotam.store.verify import verify_shard, verify_store
-from jobs.console import Incomplete
-from jobs.run import check_complete, run_job
-from pipelines.cluster import ResourceError, Resources
 from pipelines.counter import Report
-from pipelines.decode import DecodeConfig, DecodeTask, list_shards
+from pipelines.decode import list_shards
 from pipelines.encode import EncodeConfig, EncodeTask
-from pipelines.runner import JobSummary, run_partitions
+from pipelines.runner import run_partitions
 from pipelines.sources import list_partitions
 from tests.corpus import bad_files, photograph, to_bytes, write_tar, write_webdataset
+from tests.pipelines.running import RESOURCES, decode, encode, problems
 
-RESOURCES = Resources(num_workers=2)
-
-
-def encode(source: str, dst: str) -> JobSummary:
-    store = RunStore(dst)
-    config = EncodeConfig()
-    config_hash = store.open_run("encode", dataclasses.asdict(config), [source])
-    make_task = partial(EncodeTask, config, config_hash, "cpu", 1)
-    return run_partitions(make_task, list_partitions(source), store, RESOURCES)
-
-
-def decode(source: str, dst: str, image_format: str) -> JobSummary:
-    store = RunStore(dst)
-    config = DecodeConfig(format=image_format)
-    store.open_run("decode", dataclasses.asdict(config), [source])
-    return run_partitions(partial(DecodeTask, config, "cpu", 1), list_shards(RunStore(source)), store, RESOURCES)
-
-
-def problems(dst: str) -> list[str]:
-    store = RunStore(dst)
-    records = list(store.completions())
-    codec = Codec.load()
-    return verify_store(store) + [p for r in records for p in verify_shard(store, r, codec).problems]
-
-
-def test_webdataset_to_parquet_and_back(tmp_path: Path) -> None:
-    keys = write_webdataset(tmp_path / "in", 3, 7)
-    dst, back = str(tmp_path / "out"), str(tmp_path / "back")
-    summary = encode(str(tmp_path / "in/part-{0000..0002}.tar"), dst)
-    assert (summary.num_images, summary.num_rows, summary.num_rejects, summary.num_failed) == (21, 21, 0, 0)
-
-    table = ds.dataset(f"{dst}/data").to_table()
-    assert table["key"].to_pylist() == keys
-    assert table["txt"].to_pylist() == [f"caption {k} with ünicode" for k in range(21)]
-    query = f"select count(*), sum(octet_length(bitstream) * 8 / (width * height) - bpp) from '{dst}/data/*.parquet'"
-    count, difference = duckdb.sql(query).fetchall()[0]
-    assert count == 21 and abs(difference) < 1e-4
-    assert problems(dst) == []
-
-    decode(dst, back, "webdataset")
-    again = encode(f"{back}/data", str(tmp_path / "again"))
-    assert again.num_rows == 21
-    assert ds.dataset(f"{tmp_path}/again/data").to_table()["json"].to_pylist() == table["json"].to_pylist()
-
-    assert encode(str(tmp_path / "in/*.tar"), dst).num_skipped == 3
+pytestmark = pytest.mark.usefixtures("in_process")
 
 
 def test_every_name_of_a_source_gives_shards_that_readers_of_parquet_see(tmp_path: Path) -> None:
@@ -96,28 +40,6 @@ def test_every_name_of_a_source_gives_shards_that_readers_of_parquet_see(tmp_pat
     assert encode(f"{tmp_path}/*.tar", f"{tmp_path}/out").num_rows == 4  # the last one is hidden from globs
     assert ds.dataset(tmp_path / "out/data").count_rows() == 4
     assert partition_id("照片", [("x",)]).startswith("part-") and partition_id("_raw", [("x",)]).startswith("raw-")
-
-
-class _OnALostDevice(EncodeTask):
-    """Its first process meets a device that does not come back to it."""
-
-    def process(self, partition: Partition, store: RunStore, report: Report) -> Completion:
-        if not store.root.exists("lost"):
-            store.root.write("lost", b"")
-            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-        return super().process(partition, store, report)
-
-
-def test_a_device_that_is_lost_to_a_process_costs_no_partition(tmp_path: Path) -> None:
-    write_webdataset(tmp_path / "in", 2, 2)
-    store = RunStore(str(tmp_path / "out"))
-    config = EncodeConfig()
-    config_hash = store.open_run("encode", dataclasses.asdict(config), ["in"])
-    partitions = list_partitions(str(tmp_path / "in"))
-    summary = run_partitions(
-        partial(_OnALostDevice, config, config_hash, "cpu", 1), partitions, store, Resources(num_workers=1)
-    )
-    assert (summary.num_rows, summary.num_failed) == (4, 0)
 
 
 def test_ten_bad_files_among_good_ones(tmp_path: Path) -> None:
@@ -235,51 +157,6 @@ def test_names_that_meet_on_a_disk_or_in_a_tar_cost_no_image(tmp_path: Path) -> 
     assert {row["key.txt"] or row["key"] for row in rows} == {*keys} - {"./a/b", "a//b", "x.png/y"}
 
 
-class _Deadly(EncodeTask):
-    """Kills its worker on one partition, as a decoder with a fault would, and exhausts its memory on another."""
-
-    def process(self, partition: Partition, store: RunStore, report: Report) -> Completion:
-        if "part-0001" in partition.source:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if "part-0002" in partition.source:
-            resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**28,) * 2)
-            faulthandler.disable()
-            np.ones(2**29, np.uint8)
-        return super().process(partition, store, report)
-
-
-def all_cpus_come_back() -> bool:
-    """Whether the cluster's CPUs are free within some seconds."""
-    for _ in range(40):
-        if ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]:
-            return True
-        time.sleep(0.25)
-    return False
-
-
-def test_partitions_that_kill_workers_fail_alone_and_a_rerun_retries_just_those(tmp_path: Path) -> None:
-    write_webdataset(tmp_path / "in", 4, 2)
-    dst = str(tmp_path / "out")
-    store = RunStore(dst)
-    config = EncodeConfig()
-    config_hash = store.open_run("encode", dataclasses.asdict(config), ["in"])
-    partitions = list_partitions(str(tmp_path / "in"))
-    gc.disable()  # a driver that waits for its workers makes no garbage, so nothing is collected by the way
-    try:
-        make_task = partial(_Deadly, config, config_hash, "cpu", 1)
-        summary = run_job(make_task, partitions, store, RESOURCES, None, quiet=True)
-        assert all_cpus_come_back(), "workers of earlier rounds are left"
-    finally:
-        gc.enable()
-    with pytest.raises(Incomplete, match=r"2 of 4 partitions failed.*part-0001.*workers died"):  # exit status 3
-        check_complete(summary)
-    errors = {f["source"].rpartition("/")[2]: f["error"] for f in store.failures()}
-    assert set(errors) == {"part-0001.tar", "part-0002.tar"} and "MemoryError" in errors["part-0002.tar"]
-    summary = encode(str(tmp_path / "in"), dst)
-    assert (summary.num_skipped, summary.num_rows, summary.num_failed) == (2, 8, 0)
-    assert problems(dst) == []
-
-
 def test_a_changed_source_replaces_what_was_made_of_it(tmp_path: Path) -> None:
     keys = write_webdataset(tmp_path / "in", 3, 2)
     source, dst = str(tmp_path / "in"), str(tmp_path / "out")
@@ -340,7 +217,7 @@ def test_a_bad_partition_of_a_folder_keeps_no_old_version_of_the_others(
     for k in range(4):
         (tmp_path / f"in/{k}").mkdir(parents=True)
         (tmp_path / f"in/{k}/a.jpg").write_bytes(to_bytes(photograph(k)))
-    monkeypatch.setattr("pipelines.sources._ends_partition", lambda num_images, last: True)
+    monkeypatch.setattr("pipelines.image_runs._ends_partition", lambda num_images, last: True)
     source, dst = str(tmp_path / "in"), str(tmp_path / "out")
     first = encode(source, dst)
     for k in range(first.num_partitions):
@@ -377,35 +254,6 @@ def test_a_shard_that_was_made_again_is_decoded_again(tmp_path: Path) -> None:
     assert list_shards(store) == list_shards(RunStore(str(store.root.uri)))
 
 
-class _Elsewhere(EncodeTask):
-    def process(self, partition: Partition, store: RunStore, report: Report) -> Completion:
-        """As on a machine where the store's path is a folder of its own."""
-        store.root.path += "-of-another-machine"
-        return super().process(partition, store, report)
-
-
-def _without_weights() -> EncodeTask:
-    raise FileNotFoundError("no codec on this machine\nat all")
-
-
-def test_a_worker_that_cannot_start_says_why_in_one_line(tmp_path: Path) -> None:
-    write_webdataset(tmp_path / "in", 1, 1)
-    with pytest.raises(RuntimeError, match=r"^a worker could not start: FileNotFoundError: no codec on this machine"):
-        run_partitions(
-            _without_weights, list_partitions(str(tmp_path / "in")), RunStore(str(tmp_path / "out")), RESOURCES
-        )
-
-
-def test_outcomes_that_the_driver_cannot_see_are_not_success(tmp_path: Path) -> None:
-    write_webdataset(tmp_path / "in", 2, 1)
-    store = RunStore(f"{tmp_path}/out")
-    config = EncodeConfig()
-    config_hash = store.open_run("encode", dataclasses.asdict(config), ["in"])
-    partitions = list_partitions(f"{tmp_path}/in")
-    with pytest.raises(RuntimeError, match=r"2 partitions of which nothing is in .*every machine has to see"):
-        run_partitions(partial(_Elsewhere, config, config_hash, "cpu", 1), partitions, store, RESOURCES)
-
-
 def test_a_source_that_disappears_is_one_failed_partition(tmp_path: Path) -> None:
     write_webdataset(tmp_path / "in", 2, 2)
     partitions = list_partitions(str(tmp_path / "in"))
@@ -416,12 +264,3 @@ def test_a_source_that_disappears_is_one_failed_partition(tmp_path: Path) -> Non
     summary = run_partitions(partial(EncodeTask, config, config_hash, "cpu", 1), partitions, store, RESOURCES)
     assert (summary.num_rows, summary.num_failed) == (2, 1)
     assert "part-0000.tar" in summary.failures[0]["error"]
-
-
-def test_more_than_the_cluster_has_is_refused_instead_of_waiting(tmp_path: Path) -> None:
-    write_webdataset(tmp_path / "in", 1, 1)
-    partitions = list_partitions(str(tmp_path / "in"))
-    store = RunStore(str(tmp_path / "out"))
-    for resources in (Resources(gpus_per_worker=1), Resources(cpus_per_worker=64), Resources(num_workers=64)):
-        with pytest.raises(ResourceError, match="the cluster has"):
-            run_partitions(partial(EncodeTask, EncodeConfig(), "", "cpu", 1), partitions, store, resources)

@@ -44,7 +44,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def encoded(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def encoded(scenes: Path, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     dst = tmp_path_factory.mktemp("encoded") / "dst"
     encode(str(scenes), str(dst), importance="clip", num_workers=NUM_WORKERS, keep_importance=True)
     return dst
@@ -120,6 +120,7 @@ def test_predictions_are_the_mllms_answers_about_the_decoded_images(
         infer(str(encoded), str(dst), input_kind=input_kind, metric="anls")
 
 
+@pytest.mark.usefixtures("in_process")
 def test_images_as_they_are_with_a_question_file_that_knows_only_some(scenes: Path, tmp_path: Path) -> None:
     rows = [{"key": s.key, "question": "What does the sign say?", "answers": "x"} for s in samples(scenes)[::2]]
     task = tmp_path / "some.jsonl"
@@ -157,6 +158,7 @@ def test_an_endpoint_that_answers_nothing_fails_partitions_and_the_next_run_does
     assert [r["prediction"] for r in table(dst)] == [r["prediction"] for r in table(predictions("pixels"))]
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_sweep_counts_what_was_not_answered(scenes: Path, tmp_path: Path) -> None:
     dst = tmp_path / "out"
     (first, *_), *_ = read_questions(str(scenes / "test.jsonl")).values()
@@ -174,6 +176,7 @@ def test_a_sweep_counts_what_was_not_answered(scenes: Path, tmp_path: Path) -> N
     assert f"{len(refused)} answers are missing and count as wrong" in (dst / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_sweep_has_a_curve_of_every_way_to_store_and_ask(scenes: Path, tmp_path: Path) -> None:
     dst = tmp_path / "out"
     sweep(

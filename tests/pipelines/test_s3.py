@@ -58,6 +58,7 @@ SRC = "s3://corpus/in/*.tar"
 COTAM = [sys.executable, "-m", "jobs.cli"]
 # What a user's shell has, without any trace of AWS or of other tests.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "RAY_", "FSSPEC_", "COTAM_"))}
+pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 @pytest.fixture(scope="module")

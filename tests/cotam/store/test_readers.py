@@ -220,7 +220,7 @@ def test_no_image_of_a_tar_with_doubles_is_lost(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 def test_compressed_tars_under_any_name_whole_cut_and_altered(compression: str, tmp_path: Path) -> None:
-    images = {f"{k:03d}": random.Random(k).randbytes(4000) for k in range(400)}
+    images = {f"{k:03d}": random.Random(k).randbytes(4000) for k in range(80)}
     tar = b"".join(member(f"{key}.jpg", image) for key, image in images.items()) + END
     packed = COMPRESSIONS[compression](tar)
     path = tmp_path / "named-like-a-plain-one.tar"
