@@ -36,9 +36,11 @@ def cost(
     DST is the output of `cotam encode`, a sample of the corpus being enough. Its bytes and the time of its workers are
     those that were measured; decoding is timed now, on one CPU of this machine. Prices are in any one currency.
     """
+    from rich.filesize import decimal
+
     from cotam.cost import Prices, costs, measured_corpus, parse_num_bytes
     from cotam.pinned import codec_of
-    from cotam.report.cost import cost_parts, cost_rows, cost_summary, terabytes
+    from cotam.report.cost import cost_parts, cost_rows, cost_summary
     from cotam.report.page import page
     from cotam.store.records import RunStore
 
@@ -61,13 +63,13 @@ def cost(
         })  # fmt: skip
         return
     say(
-        f"{measured.num_images:,.0f} images in {dst}: {measured.source_num_bytes / 1e6:,.1f} MB of source files,"
-        f" {measured.stored_num_bytes / 1e6:,.1f} MB of shards; a megapixel took"
+        f"{measured.num_images:,.0f} images in {dst}: {decimal(round(measured.source_num_bytes))} of source files,"
+        f" {decimal(round(measured.stored_num_bytes))} of shards; a megapixel took"
         f" {1e6 * measured.encode_s / measured.num_pixels:.2g} s of a worker to encode and"
         f" {1e6 * measured.decode_s / measured.num_pixels:.2g} s of a CPU to decode."
     )
     if target is not None:
-        say(f"Scaled to {terabytes(target)} of source files, {corpus.num_images:,.0f} images:")
+        say(f"Scaled to {decimal(round(target))} of source files, {corpus.num_images:,.0f} images:")
     say(f"  {'':32} {'source files':>16} {'bitstreams':>16}")
     for name, *amounts in cost_rows(result):
         say(f"  {name:32} {amounts[0]:>16} {amounts[1]:>16}")

@@ -6,6 +6,7 @@ import html
 
 import numpy as np
 from matplotlib.figure import Figure
+from rich.filesize import decimal
 
 from cotam.cost import Corpus, Costs
 from cotam.report.page import plot, table
@@ -14,12 +15,6 @@ from cotam.report.page import plot, table
 def money(amount: float) -> str:
     """An amount with as many digits as people want to read."""
     return f"{amount:,.0f}" if amount >= 100 else f"{amount:,.2f}" if amount >= 1 else f"{amount:.2g}"
-
-
-def terabytes(num_bytes: float) -> str:
-    """As text."""
-    value = num_bytes / 1e12
-    return f"{value:,.0f} TB" if value >= 100 else f"{value:.3g} TB"
 
 
 def cost_rows(costs: Costs) -> list[tuple[str, str, str]]:
@@ -67,8 +62,8 @@ def cost_parts(where: str, corpus: Corpus, costs: Costs, months: float) -> list[
     axes.legend()
     return [
         "<h1>What it costs</h1>",
-        f"<p>{corpus.num_images:,.0f} images, {terabytes(corpus.source_num_bytes)} of source files,"
-        f" {terabytes(corpus.stored_num_bytes)} of shards, by what {html.escape(where)} holds.</p>",
+        f"<p>{corpus.num_images:,.0f} images, {decimal(round(corpus.source_num_bytes))} of source files,"
+        f" {decimal(round(corpus.stored_num_bytes))} of shards, by what {html.escape(where)} holds.</p>",
         f"<p>{html.escape(cost_summary(costs, months))}</p>",
         table(["", "source files", "bitstreams"], cost_rows(costs)),
         plot(figure, "What has been paid over time, as source files and as bitstreams"),

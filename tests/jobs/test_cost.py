@@ -72,6 +72,6 @@ def test_a_store_is_measured_and_scaled(tmp_path: Path, capsys: pytest.CaptureFi
     assert found["corpus"]["source_num_bytes"] == pytest.approx(1e15)
     assert found["once"] == pytest.approx(0.045 / 3600 * found["corpus"]["encode_s"])
     page = (tmp_path / "cost.html").read_text()
-    assert "1,000 TB of source files" in page and "<img" in page
+    assert "1.0 PB of source files" in page and "<img" in page
     with pytest.raises(ValueError, match="it is no output of `cotam encode`"):
         cost(str(tmp_path / "in"))
