@@ -7,7 +7,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -79,17 +79,15 @@ def _without_repeats(partitions: Partitions) -> Partitions:
 def _find_partitions(source: str, wanted: str | None) -> Iterator[Partition]:
     patterns = _expand_braces(source)
     folders = _list_once(patterns)
-    for (kind, folder), group in groupby(
-        (_parse(pattern, folders) for pattern in patterns), lambda p: (p.kind, p.folder)
-    ):
-        parsed = list(group)
-        if kind == "files":  # many names of one folder may be images, which are no partition each
-            fs, root = parsed[0].fs, parsed[0].path.rpartition("/")[0]
-            files = [p.file for p in parsed if p.file is not None]
-            yield from _partitions_of(fs, root, folder, files, wanted, all_named=True)
+    parsed = (_parse(pattern, folders) for pattern in patterns)
+    for (kind, folder), group in groupby(parsed, lambda pattern: (pattern.kind, pattern.folder)):
+        if kind == "files":  # together: many names of one folder may be images, which are no partition each
+            first = next(group)
+            files = (pattern.file for pattern in chain([first], group) if pattern.file is not None)
+            yield from _partitions_of(first.fs, first.path.rpartition("/")[0], folder, files, wanted, all_named=True)
             continue
-        for pattern in parsed:
-            list_all = _list_matches if kind == "glob" else _list_folder
+        list_all = _list_matches if kind == "glob" else _list_folder
+        for pattern in group:
             yield from list_all(pattern.fs, pattern.path, pattern.uri, wanted)
 
 
@@ -201,7 +199,7 @@ def _partitions_of(
     tables: list[tuple[File, _Footer]] = []  # without images
     for file, footer in _with_footers(fs, files):
         name = _relative(file.name, root)
-        if footer is not None and wanted is None and _has_no_images(footer):
+        if footer is not None and wanted is None and not all_named and _has_no_images(footer):
             tables.append((file, footer))
         elif footer is not None or name.lower().endswith(TAR_SUFFIXES):
             found = True
