@@ -34,10 +34,9 @@ from cotam.train.config import Schedule
 from cotam.train.trainer import CHECKPOINT, Trainer
 from cotam.weights import PACKAGED_FOLDERS, model_folder
 from jobs import cli
-from pipelines.encode import EncodeConfig, EncodeTask
 from pipelines.runner import _Secrets
-from pipelines.sources import list_partitions
 from tests.corpus import write_webdataset
+from tests.encoded import encode_here
 
 ROOT = Path(__file__).parent.parent
 PRODUCT = [path for package in ("cotam", "pipelines", "jobs") for path in sorted((ROOT / package).rglob("*.py"))]
@@ -181,13 +180,7 @@ def test_a_question_cannot_bring_images_or_fields_of_its_own() -> None:
 def store(tmp_path: Path) -> RunStore:
     """A store of two images, made without Ray, in a folder of its own."""
     write_webdataset(tmp_path / "in", 1, 2)
-    store = RunStore(str(tmp_path / "store"))
-    config = EncodeConfig(model_sha256=Codec.load().sha256)
-    config_hash = store.open_run("encode", dataclasses.asdict(config), ["in"])
-    (partition,) = list_partitions(str(tmp_path / "in"))
-    task = EncodeTask(config, config_hash, "cpu", torch.get_num_threads())
-    store.complete(task.process(partition, store, lambda counts: None))
-    return store
+    return encode_here(tmp_path / "in", tmp_path / "store")
 
 
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str]:

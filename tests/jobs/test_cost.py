@@ -12,7 +12,7 @@ from cotam.report.cost import cost_summary
 from cotam.store.records import RunStore
 from jobs.cost import cost
 from tests.corpus import write_webdataset
-from tests.jobs.test_cli import cotam
+from tests.encoded import encode_here
 
 CORPUS = Corpus(
     num_images=1000, num_pixels=1e9, source_num_bytes=100 * GIB, stored_num_bytes=10 * GIB, encode_s=7200, decode_s=3600
@@ -58,8 +58,7 @@ def test_what_is_no_number_of_bytes(text: str) -> None:
 def test_a_store_is_measured_and_scaled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_webdataset(tmp_path / "in", 2, 6, width=160, height=128)
     dst = str(tmp_path / "out")
-    encoded = cotam("encode", f"{tmp_path}/in", dst, "--num-workers", "1", "--quiet")
-    assert encoded.returncode == 0, encoded.stderr
+    encode_here(tmp_path / "in", tmp_path / "out")
     cost(dst, corpus_bytes="1PB", report=tmp_path / "cost.html", as_json=True)
     found = json.loads(capsys.readouterr().out)
     records = list(RunStore(dst).completions())

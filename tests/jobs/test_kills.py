@@ -22,6 +22,7 @@ from tests.corpus import write_webdataset
 
 NUM_TARS, PER_TAR = 8, 12
 TIMES = [pytest.param(k, marks=pytest.mark.slow if k else ()) for k in range(10)]
+ALL_SLOW = [pytest.param(k, marks=pytest.mark.slow) for k in range(10)]  # test_cli.py and test_ray.py have one of each
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
 
 
@@ -87,7 +88,7 @@ def workers() -> list[psutil.Process]:
     return [p for p in psutil.process_iter(["cmdline"]) if " ".join(p.info["cmdline"] or []).startswith("ray::Map")]
 
 
-@pytest.mark.parametrize("seed", TIMES)
+@pytest.mark.parametrize("seed", ALL_SLOW)
 def test_the_driver_is_killed(corpus: Corpus, tmp_path: Path, seed: int) -> None:
     corpus.add_node()
     driver = corpus.start(tmp_path, num_workers=2)
@@ -99,7 +100,7 @@ def test_the_driver_is_killed(corpus: Corpus, tmp_path: Path, seed: int) -> None
     corpus.check(tmp_path)
 
 
-@pytest.mark.parametrize("seed", TIMES)
+@pytest.mark.parametrize("seed", ALL_SLOW)
 def test_a_worker_is_killed(corpus: Corpus, tmp_path: Path, seed: int) -> None:
     corpus.add_node()
     driver = corpus.start(tmp_path, num_workers=2)

@@ -185,7 +185,7 @@ def write_corpus_of_one_large_tar(folder: Path) -> int:
     return 12
 
 
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("in_process")
 def test_a_full_disk_of_a_worker_fails_its_partition_and_a_rerun_makes_it_good(tmp_path: Path) -> None:
     num_images = write_corpus_of_one_large_tar(tmp_path / "in")
     dst = str(tmp_path / "out")

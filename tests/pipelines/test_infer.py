@@ -85,8 +85,15 @@ def test_rows_are_guided_by_the_packaged_clip(encoded: Path, scenes: Path, codec
 
 @pytest.mark.parametrize("input_kind", ["pixels", "tokens"])
 def test_predictions_are_the_mllms_answers_about_the_decoded_images(
-    encoded: Path, scenes: Path, codec: Codec, predictions: Callable[[str], Path], input_kind: str
+    encoded: Path,
+    scenes: Path,
+    codec: Codec,
+    predictions: Callable[[str], Path],
+    input_kind: str,
+    request: pytest.FixtureRequest,
 ) -> None:
+    if input_kind == "tokens":  # once through Ray is enough
+        request.getfixturevalue("in_process")
     dst = predictions(input_kind)
     rows = table(dst)
     questions = read_questions(str(scenes / "test.jsonl"))
