@@ -55,7 +55,7 @@ def inspect(
         print_json(listed)
         return
     for entry in listed:
-        say("  ".join(f"{name}={value}" for name, value in entry.items()))
+        say("  ".join(f"{name}={value}" for name, value in entry.items()).replace("\n", "\\n"))
     if not listed:
         say("none")
 

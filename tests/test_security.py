@@ -35,7 +35,7 @@ from cotam.train.trainer import CHECKPOINT, Trainer
 from cotam.weights import PACKAGED_FOLDERS, model_folder
 from jobs import cli
 from pipelines.runner import _Secrets
-from tests.corpus import write_webdataset
+from tests.corpus import photograph, to_bytes, write_webdataset
 from tests.encoded import encode_here
 
 ROOT = Path(__file__).parent.parent
@@ -280,13 +280,20 @@ def test_shards_of_other_columns_are_a_problem_not_a_crash(
 
 
 def test_names_cannot_steer_a_terminal(
-    store: RunStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, store: RunStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.fail("p-1", "s3://b/\x1b]0;owned\x07.tar", "\x1b[2Jall is well\r\x9b1A")
     monkeypatch.setattr(sys, "argv", ["cotam", "status", store.root.uri])
     assert cli._run() == 0
     shown = capsys.readouterr().out
     assert "\\x1b]0;owned" in shown and not set(shown) & set("\x1b\x07\x9b\r")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd/a\nb.jpg").write_bytes(to_bytes(photograph(0)))
+    odd = encode_here(tmp_path / "odd", tmp_path / "odd-store")
+    monkeypatch.setattr(sys, "argv", ["cotam", "inspect", odd.root.uri])
+    assert cli._run() == 0
+    shown = capsys.readouterr().out
+    assert "key=a\\nb.jpg" in shown and shown.count("\n") == 1
 
 
 SECRET = "hunter2/Slash+Plus"
