@@ -143,7 +143,8 @@ def publish_answers(
                 for rows in answer(questioned) if questioned else ():
                     any_answer = any_answer or any(row["error"] is None for row in rows)
                     error = error or next((row["error"] for row in rows if row["error"]), "")
-                    writer.write_table(pa.Table.from_pylist(rows, schema))
+                    if rows:  # none where nobody asks about these images
+                        writer.write_table(pa.Table.from_pylist(rows, schema))
                 for view, _ in questioned:
                     counts.image(view.num_pixels, view.source_num_bytes, view.num_bytes)
         if error and not any_answer:

@@ -54,9 +54,9 @@ class ImageRuns:
         if images:
             yield _image_partition(self._fs, self._root, [file for name, file in self._files.items() if name in used])
         unused = [name for name in self._files if name not in used]
-        kept = [name for name in unused if _stem(name) == _stem(next_name)]
+        kept = {name: self._files[name] for name in unused if _stem(name) == _stem(next_name)}
         self.left_out.update(PurePosixPath(n).suffix or "without an extension" for n in unused if n not in kept)
-        self._files = {name: self._files[name] for name in kept}
+        self._files = kept
         self._num_images, self._num_since, self._ends = 0, len(kept), False
 
 

@@ -137,18 +137,17 @@ class SweepTask:
         views, questions = zip(*questioned, strict=True)
         with times.measure("importance"):
             maps = self._estimator([view.pixels for view in views]) if self._estimator is not None else None
-        stored_as, decoded = None, views
+        stored_as, decoded, psnr = None, views, dict[str, float]()
         for point in self._config.points:
             how = point.codec, point.quality, point.strength
             if how != stored_as:  # points that differ in the input only, which follow each other, share bitstreams
                 stored_as, decoded = how, self._store(views, point, maps)
+                psnr = {d.key: psnr_rgb(v.pixels, d.pixels) for v, d in zip(views, decoded, strict=True)}
             seen = decoded if point.input == "tokens" else [view._replace(y_hat=None) for view in decoded]
             with times.measure("mllm"):
                 rows = ask(self._mllm, list(zip(seen, questions, strict=True)), self._config.metric)
-            psnr = {d.key: psnr_rgb(v.pixels, d.pixels) for v, d in zip(views, decoded, strict=True)}
-            if rows:
-                same = dataclasses.asdict(point)
-                yield [{**same, "psnr_rgb": psnr[r["key"]], **r} for r in rows]
+            same = dataclasses.asdict(point)
+            yield [{**same, "psnr_rgb": psnr[row["key"]], **row} for row in rows]
 
     def _store(self, views: Sequence[View], point: Point, maps: list[ImportanceMap] | None) -> Sequence[View]:
         """The images as they come back from their bytes at ``point``."""

@@ -87,13 +87,16 @@ class QuestionSource:
     def other_keys(self, keys: Iterable[str]) -> tuple[str, str] | None:
         """Of a file, one of its keys and one of ``keys``, where they have none in common; else None."""
         remaining = iter(keys)
-        first = next(remaining, None)
-        if first is None or not self._by_key or any(key in self._by_key for key in chain([first], remaining)):
+        if not self._by_key or (first := next(remaining, None)) is None:
+            return None
+        if any(key in self._by_key for key in chain([first], remaining)):
             return None
         return next(iter(self._by_key)), first
 
     def coverage(self, keys: Iterable[str]) -> Coverage:
         """What became of the questions of a file; ``keys`` are of the images, once for each question."""
+        if not self._by_key:  # nor are the keys read
+            return Coverage({}, [])
         num_asked = Counter(key for key in keys if key in self._by_key)
         num = {key: len(questions) for key, questions in self._by_key.items()}
         not_asked = {key: n for key, n in num.items() if key not in num_asked}
