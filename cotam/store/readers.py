@@ -210,8 +210,10 @@ def with_members(paths: Iterable[str]) -> dict[str, dict[str, str]]:
     for path in images:
         by_stem.setdefault(path.rpartition(".")[0], path)
     for path in files:
+        if path in images:
+            continue
         stem, name = path, ""
-        while path not in images:
+        while True:  # without one extension after another
             stem, dot, extension = stem.rpartition(".")
             name = f"{extension}.{name}" if name else extension
             if not dot or "/" in extension:

@@ -53,6 +53,7 @@ def read_tar(source: str) -> Iterator[Sample | Reject]:
             if file.error is not None:
                 raise file.error from None
             reason = one_line(error)
+            yield from tar.finished_series()
             yield tar.damage(f"tar is damaged after {tar.num_samples} samples: {reason}")
 
 
@@ -99,6 +100,11 @@ class _TarReader:
             yield self.damage(
                 f"tar has no end marker after {self.num_samples} samples: it is cut short or damaged there"
             )
+
+    def finished_series(self) -> Iterator[Sample | Reject]:
+        """Of a tar that breaks off in a series, its images so far, each of which is whole."""
+        if self._group is not None and self._group.members and self._group.is_series():
+            yield from self._finish(self._group)
 
     def damage(self, error: str) -> Reject:
         """The reject for what is missing from here on; the sample that was being read may be incomplete."""

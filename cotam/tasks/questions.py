@@ -129,8 +129,9 @@ def read_questions(uri: str) -> dict[str, list[Question]]:
     with fs.open(path, "rb") as file:
         if path.endswith(".parquet"):
             parquet = pq.ParquetFile(file)
-            known = [name for names in _FIELDS.values() for name in names]
-            columns = [name for name in parquet.schema_arrow.names if name in known]
+            there = parquet.schema_arrow.names
+            firsts = (next((name for name in names if name in there), None) for names in _FIELDS.values())
+            columns = [name for name in firsts if name is not None]  # no bytes of images where there is a key
             rows: Iterable[Any] = parquet.read(columns).to_pylist()
         elif file.read(1) == b"[":
             file.seek(0)

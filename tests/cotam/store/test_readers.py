@@ -165,6 +165,16 @@ def test_a_loose_file_without_permission_costs_only_itself(tmp_path: Path, monke
     assert all("no permission" in r.error for r in rejects)
 
 
+def test_a_cut_tar_of_photographs_with_dots_in_their_names_loses_only_what_is_cut(tmp_path: Path) -> None:
+    images = {f"IMG.2024.01.{k:02d}": to_bytes(photograph(k)) for k in range(8)}
+    tar = write_tar(tmp_path / "a.tar", [(f"{key}.jpg", image) for key, image in images.items()])
+    data = tar.read_bytes()
+    tar.write_bytes(data[: data.index(images["IMG.2024.01.06"]) + 100])
+    samples, (reject,) = read(tar)
+    assert {s.key: s.image for s in samples} == dict(list(images.items())[:6])
+    assert "tar is damaged after 6 samples" in reject.error
+
+
 def test_names_without_images_and_odd_members(tmp_path: Path) -> None:
     jpeg = to_bytes(photograph(1))
     tar = write_tar(
