@@ -12,7 +12,8 @@ def _absolute(name: str | None) -> str | None:
     """A local path from the root on, as workers run elsewhere; names of packaged things and URIs as they are."""
     from cotam.weights import PACKAGED, PACKAGED_FOLDERS
 
-    is_name = not name or name in (*PACKAGED, *PACKAGED_FOLDERS, "sceneqa")  # whatever else is called so here
+    names = (*PACKAGED, *PACKAGED_FOLDERS, "sceneqa", "columns")  # whatever else is called so here
+    is_name = not name or name in names
     return name if is_name or not os.path.exists(name or "") else os.path.abspath(name or "")
 
 
@@ -46,7 +47,9 @@ Adapter = Annotated[
 Task = Annotated[
     str,
     typer.Option(
-        help="Questions: a .jsonl or .parquet file, member:NAME of the samples, or sceneqa.", callback=_absolute
+        help="Questions: a .json, .jsonl or .parquet file; member:NAME of the samples; columns, where the corpus has "
+        "them for question and answers; or sceneqa.",
+        callback=_absolute,
     ),
 ]
 Prompt = Annotated[str, typer.Option(help="What is asked, with {question} in it.")]

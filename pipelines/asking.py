@@ -32,7 +32,7 @@ class AskConfig:
     """What is asked, and of what; part of the run's identity.
 
     Attributes:
-        task: a question file, "member:NAME", or "sceneqa".
+        task: a question file, "member:NAME", "columns", or "sceneqa".
         task_sha256: of the question file, if it is one.
         metric: of the scores, a name in ``METRICS``.
         mllm: which MLLM, and how it is asked.

@@ -1,4 +1,4 @@
-"""Questions about images: from a question file, or from a member of the samples themselves."""
+"""Questions about images: from a question file, or from the samples themselves."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from cotam.errors import one_line
 from cotam.store.fs import split_uri
 
 SCENEQA_MEMBER = "member:questions.json"
+COLUMNS = "columns"  # the task whose questions are members of their own: question, answers, type, level
 # Names that the fields of a question have in question files, the first that is there being taken.
 _FIELDS = {
     "key": ("key", "image"),
@@ -58,10 +59,11 @@ class Coverage(NamedTuple):
 
 
 class QuestionSource:
-    """The questions about an image: from a question file, or from a member of the sample.
+    """The questions about an image: from a question file, or from the sample.
 
     Args:
-        task: a .jsonl or .parquet file, "member:NAME", or "sceneqa", whose samples bring theirs as a member.
+        task: a .jsonl or .parquet file, "member:NAME" of a list of questions, "columns" where the sample's own columns
+            are one question, or "sceneqa", whose samples bring theirs as a member.
         sha256: of the file, where it has to be that one.
 
     Raises:
@@ -73,12 +75,16 @@ class QuestionSource:
             raise ValueError(f"{task} has changed since this run started; run it again")
         task = SCENEQA_MEMBER if task == "sceneqa" else task
         self._member = task.removeprefix("member:") if task.startswith("member:") else None
-        self._by_key = read_questions(task) if self._member is None else {}
-        if self._member is None and not self._by_key:
+        self._columns = task == COLUMNS
+        in_samples = self._columns or self._member is not None
+        self._by_key = {} if in_samples else read_questions(task)
+        if not in_samples and not self._by_key:
             raise ValueError(f"{task} has no questions")
 
     def __call__(self, key: str, members: Mapping[str, Any]) -> list[Question]:
-        """Of the image ``key``; none where nobody asks. Raises ValueError where the member is no list of questions."""
+        """Of the image ``key``; none where nobody asks. Raises ValueError where what it brings is no question."""
+        if self._columns:
+            return questions_of_columns(key, members)
         if self._member is None:
             return self._by_key.get(key, [])
         value = members.get(self._member)
@@ -105,7 +111,7 @@ class QuestionSource:
 
 def task_sha256(task: str) -> str | None:
     """The sha256 of a question file; None for a task whose questions come with the samples. Raises OSError."""
-    if task == "sceneqa" or task.startswith("member:"):
+    if task in ("sceneqa", COLUMNS) or task.startswith("member:"):
         return None
     fs, path = split_uri(task)
     with fs.open(path, "rb") as file:
@@ -161,6 +167,22 @@ def questions_of_member(key: str, value: Any) -> list[Question]:
         return [_question({**row, "key": key}) for row in rows]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"questions of image {key!r}: {_reason(error)}") from None
+
+
+def questions_of_columns(key: str, members: Mapping[str, Any]) -> list[Question]:
+    """The question that a sample's columns are, as a row of a question file; none where it has no question.
+
+    Raises:
+        ValueError: a question without an answer, or no text.
+    """
+    if all(members.get(name) is None for name in _FIELDS["question"]):
+        return []
+    # A column may be called so and be something else.
+    named = {n: v for n, v in members.items() if isinstance(v, str) or n not in (*_FIELDS["type"], *_FIELDS["level"])}
+    try:
+        return [_question({**named, "key": key})]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"question of image {key!r}: {_reason(error)}") from None
 
 
 def _question(row: Mapping[str, Any]) -> Question:

@@ -29,12 +29,14 @@ from cotam.store.verify import verify_shard, verify_store
 from cotam.tasks.questions import task_sha256
 from pipelines import sources
 from pipelines.asking import AskConfig
+from pipelines.decode import list_shards
 from pipelines.encode import EncodeConfig, EncodeTask
 from pipelines.infer import InferTask
 from pipelines.runner import PartitionTask
 from pipelines.sources import list_partitions
 from pipelines.sweep import Point, SweepConfig, SweepTask
 from tests.corpus import photograph, to_bytes, write_tar, write_webdataset
+from tests.encoded import encode_here
 
 ADAPTER = "cotam-adapter-tiny"
 
@@ -188,6 +190,22 @@ def test_every_point_of_a_sweep_is_what_its_row_says(
             assert own[0]["score"] == float(own[0]["prediction"].lower() == "3")
             sizes[point.codec, point.strength] = len(data)
     assert len(found) == 2 * len(asked) * len(points) and len({*sizes.values()}) == 4  # guided is not uniform
+
+
+def test_questions_in_columns_are_asked_of_a_corpus_and_of_its_store(tmp_path: Path, codec: Codec) -> None:
+    images = [{"bytes": to_bytes(photograph(k), "PNG"), "path": f"{k}.png"} for k in range(3)]
+    columns = {"image": images, "question": ["What?", None, "Where?"], "answers": [["a", "b"], ["c"], ["d"]]}
+    pq.write_table(pa.table({"id": [7, 8, 9], **columns}), tmp_path / "in.parquet")
+    config = AskConfig(task="columns", model="cotam-base", model_sha256=codec.sha256)
+    task, store = InferTask(config, "cpu", 1), RunStore(str(tmp_path / "out"))
+    shards = list_shards(encode_here(tmp_path / "in.parquet", tmp_path / "store"))
+    for partition in (*list_partitions(str(tmp_path / "in.parquet")), *shards):
+        record = task.process(partition, store, lambda counts: None)
+        rows = pq.read_table(tmp_path / "out" / record.data).to_pylist()
+        assert [(row["key"], row["question"], row["answers"]) for row in rows] == [
+            ("7", "What?", ["a", "b"]),
+            ("9", "Where?", ["d"]),
+        ]
 
 
 def test_a_bad_member_of_questions_costs_its_own_image(tmp_path: Path) -> None:

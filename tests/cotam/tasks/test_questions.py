@@ -67,6 +67,18 @@ def test_members() -> None:
         questions_of_member("a", "{not json")
 
 
+def test_columns() -> None:
+    """As in benchmarks on hubs: a row is an image and a question; other columns may have any names and types."""
+    source = QuestionSource("columns")
+    members = {"question": "How many?", "answer": 2, "type": {"a": 1}, "level": "low", "image": b"", "key": "x"}
+    expected = Question(key="a", question="How many?", answers=("2",), level="low")
+    assert source("a", members) == [expected]
+    assert source("a", {"answer": "2", "question": None}) == []
+    assert source.coverage(["a"]) == ({}, []) and source.other_keys(["a"]) is None
+    with pytest.raises(ValueError, match="question of image 'a': no answers or answer or label"):
+        source("a", {"question": "Why?"})
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
