@@ -30,6 +30,7 @@ _ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 274, 258, 262, 33
 _SUBFILE_TYPE = 254
 _WHITE_IS_ZERO, _UNSIGNED, _REDUCED_OR_MASK = 0, 1, 1 | 4
 _MAX_THUMBNAILS = 32  # pages of a TIFF that are looked at
+_LFS = b"version https://git-lfs.github.com/spec/"  # how a pointer begins
 _MAX_SCANS = 1000  # of a JPEG, each of which goes over the whole image
 _NO_RANGE = "signed or 32-bit samples, whose range no file says: convert it to 8 or 16 bits"
 # Of sizes and damaged EXIF: the guard below decides. Not set and reset around each image, as threads share them.
@@ -83,6 +84,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> SourceImage:
             pixels = np.asarray(_to_rgb(image))
             return SourceImage(np.ascontiguousarray(pixels), image.format or "unknown")
     except UnidentifiedImageError:
+        if bytes(data[: len(_LFS)]) == _LFS:
+            raise ImageError("a pointer of Git LFS, not the image: fetch it with git lfs pull") from None
         raise ImageError(f"not an image in a known format ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError:
         raise ImageError(f"over the limit of {max_pixels} pixels, perhaps a decompression bomb") from None

@@ -247,8 +247,9 @@ def test_extreme_shapes(size: tuple[int, int]) -> None:
         (encode_image(np.zeros((64, 64, 3), np.uint8), "JPEG")[:400], "corrupt or truncated"),
         (encode_image(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))[:9000], "corrupt or truncated"),
         (b"\xff\xd8\xff\xe0" + bytes(100), "not an image|corrupt or truncated"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "a pointer of Git LFS"),
     ],
-    ids=["empty", "text", "truncated JPEG", "truncated PNG", "JPEG header only"],
+    ids=["empty", "text", "truncated JPEG", "truncated PNG", "JPEG header only", "Git LFS"],
 )
 def test_bad_bytes_are_named(data: bytes, message: str) -> None:
     with pytest.raises(ImageError, match=message):
