@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cotam.cost import GIB, Corpus, Prices, costs, parse_num_bytes
+from cotam.codec import Codec
+from cotam.cost import GIB, Corpus, Prices, costs, measured_corpus, parse_num_bytes
 from cotam.report.cost import cost_summary
 from cotam.store.records import RunStore
 from jobs.cost import cost
@@ -53,6 +54,26 @@ def test_numbers_of_bytes(text: str, num_bytes: float) -> None:
 def test_what_is_no_number_of_bytes(text: str) -> None:
     with pytest.raises(ValueError, match="no number of bytes"):
         parse_num_bytes(text)
+
+
+def test_decoding_is_timed_on_a_sample_and_scaled_by_pixels(
+    tmp_path: Path, codec: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_webdataset(tmp_path / "in", 2, 6, width=160, height=128)
+    store = encode_here(tmp_path / "in", tmp_path / "out")
+    sampled: list[int] = []
+
+    def half_a_second_each(codec: Codec, strings: list[bytes]) -> float:
+        sampled.append(len(strings))
+        return 0.5 * len(strings)
+
+    monkeypatch.setattr("cotam.cost._decode_s", half_a_second_each)
+    monkeypatch.setattr("cotam.cost._DECODED_IMAGES", 4)
+    measured = measured_corpus(store.root, store.completions(), codec)
+    assert sampled == [4] and measured.decode_s == pytest.approx(0.5 * 12)
+    monkeypatch.setattr("cotam.cost._DECODED_PIXELS", 160 * 128 + 1)  # two images are over it
+    assert measured_corpus(store.root, store.completions(), codec).decode_s == pytest.approx(0.5 * 12)
+    assert sampled == [4, 2]
 
 
 def test_a_store_is_measured_and_scaled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

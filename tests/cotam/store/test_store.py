@@ -178,6 +178,17 @@ def test_a_lock_that_beats_holds_whatever_its_clock_says(
         assert store.root.read_json("_cotam/lock.json")["token"] != "t"
 
 
+def test_a_lock_survives_a_few_missed_heartbeats(tmp_path: Path) -> None:
+    """An object store that answers nothing for a minute ends no job, nor starts a second one."""
+    store = RunStore(str(tmp_path))
+    held = {"token": "t", "host": "another-host", "pid": 1, "pids": "there"}
+    store.root.write_json("_cotam/lock.json", {**held, "heartbeat": time.time() - 3.5 * lock._HEARTBEAT_S})
+    started = time.monotonic()
+    with pytest.raises(StoreError, match="another-host"), store.lock():
+        pass
+    assert time.monotonic() - started < lock._HEARTBEAT_S / 2
+
+
 def test_what_killed_workers_left_goes_whether_file_or_folder(tmp_path: Path) -> None:
     store = RunStore(str(tmp_path))
     for name in ("old-1.parquet", "old-2/a.png", "new.parquet"):

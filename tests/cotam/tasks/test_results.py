@@ -68,6 +68,15 @@ def test_the_blind_baseline_knows_the_questions_and_nothing_of_the_answer_it_gue
     assert summary["overall"]["blind"] == pytest.approx((14 + 10) / 50)
 
 
+def test_a_question_that_nobody_else_was_asked_is_guessed_by_its_type() -> None:
+    sample = BlindSample()
+    for k in range(40):
+        sample.add(k, [Question(key="", question=f"Sign {k}?", type="read", answers=("A" if k % 3 else "B",))])
+    sample.add(40, [Question(key="", question="Why?", type="reason", answers=("so",))])
+    guesses = {question.question: guess for question, guess in sample.guesses()}
+    assert guesses.pop("Why?") == "" and {*guesses.values()} == {"A"}
+
+
 def test_the_blind_baseline_of_many_questions_is_that_of_a_sample_of_whole_images() -> None:
     sample = BlindSample(max_questions=1000)
     for k in range(20_000):
@@ -152,6 +161,15 @@ def test_curves_are_built_from_rows_by_name_and_quality() -> None:
     assert first.questions.tolist() == [2, 1, 1] and first.score() == 0 and first.bpp() == pytest.approx(0.8)
     assert first.bpp(np.array([1.0, 0.0, 0.0])) == pytest.approx(0.8)
     assert Measurements().curves() == {}
+
+
+def test_a_point_is_all_bits_over_all_pixels_and_all_scores_over_all_questions() -> None:
+    """Not the mean over images of either: images differ in size, and in how much is asked about them."""
+    bits, pixels, scores, questions = map(np.array, ([100.0, 900.0], [1000.0, 3000.0], [3.0, 0.0], [4.0, 1.0]))
+    point = Measured(1.0, bits, pixels, scores, questions, np.zeros(2), np.full(2, 30.0))
+    assert point.bpp() == pytest.approx(1000 / 4000) and point.score() == pytest.approx(3 / 5)
+    twice = np.array([2.0, 1.0])
+    assert point.bpp(twice) == pytest.approx(1100 / 5000) and point.score(twice) == pytest.approx(6 / 9)
 
 
 @pytest.mark.parametrize(("metric", "draw"), [("anls", "beta"), ("cider", "gamma")])
