@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -14,6 +15,7 @@ from cotam.image import RGBImage
 
 Backend = Literal["served", "vllm", "hf", "local"]
 _PREFIXES: tuple[Backend, ...] = ("vllm", "hf")  # of names, before a colon
+_REVISION = re.compile(r"([\w.-]+/[\w.-]+)@([\w./-]+)")  # names on the hub have no @ of their own
 Item = TypeVar("Item")
 
 
@@ -60,6 +62,7 @@ class MllmConfig:
 
     Attributes:
         name: a packaged name; a folder; hf:NAME (transformers); vllm:NAME; or the URL of an OpenAI-compatible endpoint.
+            A NAME on the hub may have a revision, ORGANISATION/MODEL@REVISION: a commit, tag or branch.
         served_model: the model's name at that endpoint.
         prompt: what is asked, {question} in it.
         max_new_tokens: length of an answer.
@@ -96,8 +99,18 @@ class MllmConfig:
 
     @property
     def place(self) -> str:
-        """Where that backend finds it: ``name`` without the backend's prefix."""
-        return self.name.removeprefix(f"{self.backend}:")
+        """Where that backend finds it: ``name`` without the backend's prefix and the revision."""
+        return self._place_and_revision()[0]
+
+    @property
+    def revision(self) -> str | None:
+        """Of a model on the hub, where ``name`` has one."""
+        return self._place_and_revision()[1]
+
+    def _place_and_revision(self) -> tuple[str, str | None]:
+        place = self.name.removeprefix(f"{self.backend}:")
+        on_hub = _REVISION.fullmatch(place) if self.backend in _PREFIXES else None
+        return (on_hub[1], on_hub[2]) if on_hub else (place, None)
 
     def prompt_for(self, question: str) -> str:
         """The prompt with a question in it; other braces are text."""

@@ -23,7 +23,7 @@ class VllmMllm:
         except ImportError:
             raise ValueError("vLLM is not installed: pip install vllm, or use hf:NAME or an endpoint's URL") from None
         self.config = config
-        self._model = vllm.LLM(model=config.place, limit_mm_per_prompt={"image": 1})
+        self._model = vllm.LLM(model=config.place, revision=config.revision, limit_mm_per_prompt={"image": 1})
         self._sampling = vllm.SamplingParams(temperature=0.0, max_tokens=config.max_new_tokens)
 
     def answer(self, asked: Sequence[Asked]) -> list[list[str | MllmError]]:

@@ -21,6 +21,7 @@ from cotam.mllm.transformers import LlavaMllm, TransformersMllm, seen_part
 from cotam.sceneqa.questions import scene_questions
 from cotam.sceneqa.render import render
 from cotam.sceneqa.scene import sample_scene
+from cotam.weights import model_folder
 from tests.cotam.mllm.server import Served, serving
 from tests.cotam.tiny_models import TinyModels
 
@@ -187,6 +188,25 @@ def test_local_files_identify_an_mllm_whoever_loads_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="differs from the MLLM"):
         refuse_other_mllm(MllmConfig(name=names[1]), *found, "")
     assert mllm_fingerprints(MllmConfig(name="hf:some/model"))["mllm_sha256"] == ""
+
+
+def test_a_revision_on_the_hub_is_the_one_that_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: list[list[str | MllmError]]
+) -> None:
+    """Of a hub's cache, as it lies on a machine without internet."""
+    model, commit = tmp_path / "models--team--vlm", "0123456789abcdef0123456789abcdef01234567"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs/v1").write_text(commit)
+    (model / "snapshots").mkdir()
+    (model / "snapshots" / commit).symlink_to(model_folder("cotam-vlm-tiny"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert load_mllm(MllmConfig(name="hf:team/vlm@v1")).answer(ASKED) == expected
+    for name in ("hf:team/vlm@v2", "hf:team/vlm"):
+        with pytest.raises(ValueError, match=f"cannot load MLLM {name}"):
+            load_mllm(MllmConfig(name=name))
+    for name, place in (("hf:/models/vlm@2", "/models/vlm@2"), ("vlm@2", "vlm@2"), ("vllm:a/b@c/1", "a/b")):
+        assert MllmConfig(name=name).place == place
 
 
 class FakeVllm:
