@@ -37,10 +37,11 @@ from torch import Tensor
 import cotam.codec
 from cotam.codec import Codec
 from cotam.config import load_yaml
+from cotam.entropy.tables import build_tables
 from cotam.image import RGBImage, decode_image, encode_image
 from cotam.models.codec_model import CodecModel
 from cotam.train.config import CodecTrainConfig
-from cotam.weights import dump_codec, parse_codec
+from cotam.weights import TierWeights, dump_codec, parse_codec
 
 _CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 _QUALITY = 4.0
@@ -112,7 +113,7 @@ def _contestant(name: str, weights: str, threads: int, clock: Clock) -> Contesta
         return Contestant(lambda image: codec.encode(image, _QUALITY), codec.decode, watch(codec, clock))
     if name == "elic-vbr":
         model = CodecModel(load_yaml(CodecTrainConfig, ELIC_VBR).model)
-        codec = Codec(parse_codec(dump_codec(model), name))
+        codec = Codec(parse_codec(dump_codec([TierWeights(1.0, model.config.num_levels, model, build_tables())]), name))
         return Contestant(lambda image: codec.encode(image, _QUALITY), codec.decode)
     if name == "mbt2018-mean":
         return neural(mbt2018_mean(quality=1, pretrained=False))

@@ -89,11 +89,18 @@ def main() -> None:
     curves = json.loads(arguments.curves.read_text())["curves"]
     points = measure(codec, images, [float(q) for q in arguments.qualities.split(",")])
     ours = [(p["bpp"], p["psnr_rgb"]) for p in points]
+    tiers = [(tier.lowest_quality, tier.highest_quality) for tier in codec.tiers]
     rates = {
         name: bd_rate(list(zip(c["bpp"], c["psnr_rgb"], strict=True)), ours)  # type: ignore[arg-type]
         for name, c in curves.items()
     }
-    result = {"model": arguments.model, "sha256": codec.sha256, "points": points, "bd_rate_percent": rates}
+    result = {
+        "model": arguments.model,
+        "sha256": codec.sha256,
+        "tiers": tiers,
+        "points": points,
+        "bd_rate_percent": rates,
+    }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     plot(points, curves, arguments.out.with_suffix(".png"))
@@ -108,7 +115,8 @@ def markdown(result: dict[str, Any], name: str) -> str:
         "# Rate-distortion on Kodak",
         "",
         "Real bytes of whole bitstreams, PSNR over the RGB samples of the decoded 8-bit images, means over the 24",
-        f"images, one variable-rate model: `{result['model']}`, sha256 `{result['sha256'][:16]}...`. Made by",
+        f"images, one variable-rate codec: `{result['model']}`, sha256 `{result['sha256'][:16]}...`, with models for",
+        f"qualities {', '.join(f'{low:g} to {high:g}' for low, high in result['tiers'])}. Made by",
         "",
         "    python benchmarks/kodak.py --images KODAK --curves kodak_rd.json --out docs/rate-distortion",
         "",

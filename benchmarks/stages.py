@@ -45,13 +45,14 @@ class Stages:
 def watch(codec: Codec, clock: Clock = time.perf_counter) -> Stages:
     """Stages of this codec's encoding and decoding."""
     stages = Stages(clock)
-    for model in codec.models.values():
+    for model in (model for tier in codec.tiers for model in tier.models.values()):
         stages.wrap("g_a", model.g_a, "forward")
         stages.wrap("h_a", model.h_a, "forward")
         stages.wrap("gains and g_s", model, "reconstruct")
         for name in ("hyper", "first_params", "second_params"):
             stages.wrap("integer network", model.entropy_parameters, name)
-    stages.wrap("rANS", codec._coder, "encode")
+    for tier in codec.tiers:
+        stages.wrap("rANS", tier.coder, "encode")
     stages.wrap("rANS", RansDecoder, "decode")
     stages.wrap("skipping", cotam.codec, "drop_skipped")
     stages.wrap("skipping", cotam.codec, "restore_skipped")

@@ -2,7 +2,7 @@
 
 version      1 byte
 model id     4 bytes, the start of the weights' sha256
-flags        1 byte: bits 0-1 log2 of the rANS lanes, bit 2 a quality map follows, others 0
+flags        1 byte: bits 0-1 log2 of the rANS lanes, bit 2 a quality map follows, bits 3-4 the tier, others 0
 quality      1 byte, the quality index of a uniform map, or the lowest of a map
 width, height   varints
 map code     1 byte, only with a quality map
@@ -17,9 +17,11 @@ from typing import NamedTuple
 
 from cotam.image import MAX_SIDE_PX, size_problem
 
-VERSION = 2
+VERSION = 3
 MODEL_ID_BYTES = 4
+MAX_TIERS = 4
 _HAS_MAP = 4
+_TIER_SHIFT = 3
 _FIXED_BYTES = 1 + MODEL_ID_BYTES + 1 + 1
 _CRC_BYTES = 4
 
@@ -36,8 +38,8 @@ class Bitstream(NamedTuple):
     """The parts of one encoded image.
 
     model_id: 4 bytes; width, height: in pixels; quality_index: of a uniform map, or the lowest of a map;
-    lanes_log2: in [0, 3]; map_code: how the quality map is coded, None for a uniform one; string: the map, if there is
-    one, z, then both halves of y.
+    lanes_log2: in [0, 3]; tier: which of the codec's models; map_code: how the quality map is coded, None for a uniform
+    one; string: the map, if there is one, z, then both halves of y.
     """
 
     model_id: bytes
@@ -45,13 +47,14 @@ class Bitstream(NamedTuple):
     height: int
     quality_index: int
     lanes_log2: int
+    tier: int
     map_code: int | None
     string: bytes
 
 
 def pack(stream: Bitstream) -> bytes:
     """The byte string: at most 16 bytes more than its ``string`` for images up to 16383 pixels a side."""
-    flags = stream.lanes_log2 | (_HAS_MAP if stream.map_code is not None else 0)
+    flags = stream.lanes_log2 | stream.tier << _TIER_SHIFT | (_HAS_MAP if stream.map_code is not None else 0)
     parts = [
         bytes([VERSION]),
         stream.model_id,
@@ -84,7 +87,7 @@ def unpack(data: bytes, max_pixels: int) -> Bitstream:
         raise BitstreamError("bitstream checksum does not match: truncated or altered")
     model_id = bytes(data[1 : 1 + MODEL_ID_BYTES])
     flags, quality_index = data[_FIXED_BYTES - 2], data[_FIXED_BYTES - 1]
-    if flags & ~(_HAS_MAP | 3):
+    if flags >= MAX_TIERS << _TIER_SHIFT:
         raise BitstreamError(f"bitstream has unknown flags {flags:#x}")
     width, at = _read_varint(body, _FIXED_BYTES)
     height, at = _read_varint(body, at)
@@ -98,7 +101,9 @@ def unpack(data: bytes, max_pixels: int) -> Bitstream:
             raise BitstreamError("bitstream ends before its quality map")
         map_code = body[at]
         at += 1
-    return Bitstream(model_id, width, height, quality_index, flags & 3, map_code, bytes(body[at:]))
+    return Bitstream(
+        model_id, width, height, quality_index, flags & 3, flags >> _TIER_SHIFT, map_code, bytes(body[at:])
+    )
 
 
 def _varint(value: int) -> bytes:

@@ -13,27 +13,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cotam.bitstream import MODEL_ID_BYTES, Bitstream, BitstreamError, ModelMismatchError, pack, unpack
-from cotam.config import HYPER_STRIDE, Q_STEPS
+from cotam.config import Q_STEPS
 from cotam.entropy.quality_map import decode_quality_map, encode_quality_map
-from cotam.entropy.rans import RansCoder, RansDecoder, RansError
+from cotam.entropy.rans import RansDecoder, RansError
 from cotam.entropy.skip import coded_rows, drop_skipped, restore_skipped
-from cotam.entropy.tables import Z_ROWS
 from cotam.grouping import in_groups
 from cotam.image import MAX_PIXELS, RGBImage, check_rgb, latent_size, pad_to_latents, size_problem
 from cotam.importance import DEFAULT_STRENGTH
 from cotam.memory import keep_freed_memory
-from cotam.models.causal import CausalPredictor
-from cotam.models.codec_model import CodecModel
 from cotam.models.entropy_model import gaussian_bits, scale_of_index
-from cotam.models.integer import ACTIVATION_MAX
-from cotam.models.narrow import narrowed
-from cotam.models.precision import computes_in_bfloat16
+from cotam.tier import QualityIndex, Tier
 from cotam.weights import LoadedCodec, parse_codec, read_weights
 
 A = TypeVar("A")
 B = TypeVar("B")
-QualityIndex = int | NDArray[np.uint8]
-Group = tuple[int, int, bool, int]  # latent height and width, whether the quality is uniform, channels
+Group = tuple[int, int, bool, int, int]  # latent height and width, whether the quality is uniform, tier, channels
 # Latent positions in a batch on a GPU: 33 megapixels, some 2 GiB of features.
 _MAX_BATCH_POSITIONS = 2**17
 _MAX_STRENGTH = 1e6  # beyond it float32 does not resolve single levels
@@ -42,14 +36,15 @@ _MAX_STRENGTH = 1e6  # beyond it float32 does not resolve single levels
 class CompressedImage(NamedTuple):
     """One image between the network and the entropy coder.
 
-    width, height: of the image, in pixels. quality_index: int, or uint8 (h, w) for a map. z: int16 (N_z, hz, wz), less
-    its prediction. symbols, rows: int16 and uint8 (2, h, w, m/2), the halves of y relative to its means, and their CDF
-    rows, m being the number of channels of the image's highest quality.
+    width, height: of the image, in pixels. quality_index: int, or uint8 (h, w) for a map. tier: number of the tier. z:
+    int16 (N_z, hz, wz), less its prediction. symbols, rows: int16 and uint8 (2, h, w, m/2), the halves of y relative to
+    its means, and their CDF rows, m being the number of channels of the image's highest quality.
     """
 
     width: int
     height: int
     quality_index: QualityIndex
+    tier: int
     z: NDArray[np.int16]
     symbols: NDArray[np.int16]
     rows: NDArray[np.uint8]
@@ -64,6 +59,7 @@ class DecompressedImage(NamedTuple):
     width: int
     height: int
     quality_index: QualityIndex
+    tier: int
     y_fixed: Tensor
 
 
@@ -73,11 +69,12 @@ class _Opened(NamedTuple):
     width: int
     height: int
     quality_index: QualityIndex
+    tier: int
     decoder: RansDecoder
 
 
 class Codec:
-    """Encodes and decodes images with one model. Thread-safe: nothing changes after loading.
+    """Encodes and decodes images with the models of one file. Thread-safe: nothing changes after loading.
 
     On a CPU it tells the C library to keep freed memory for reuse (``cotam.memory``).
 
@@ -87,27 +84,18 @@ class Codec:
         max_pixels: larger images are refused, in encoding and in decoding.
 
     Attributes:
-        model: the whole model. models: by number of channels of ``y``, the model cut to them (``cotam.models.narrow``).
-        tables: CDF tables. sha256, model_id: of the weights.
+        config: the shape of its models. tiers: its models, the most special first. sha256, model_id: of the weights.
     """
 
     def __init__(self, loaded: LoadedCodec, device: str = "cpu", max_pixels: int = MAX_PIXELS) -> None:
         self.device = torch.device(device)
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.model = loaded.model
-        whole, widths = self.model.config.M, {self.model.config.M, *self.model.config.M_levels}
-        self.models = {m: self.model if m == whole else narrowed(self.model, m) for m in sorted(widths)}
-        for model in self.models.values():
-            model.use_low_precision(self.device.type == "cpu" and computes_in_bfloat16(self.device))
-            model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.config = loaded.config
+        self.tiers = tuple(Tier(weights, self.device) for weights in loaded.tiers)
         self.sha256 = loaded.sha256
         self.model_id = bytes.fromhex(loaded.sha256)[:MODEL_ID_BYTES]
         self.max_pixels = max_pixels
-        self.tables = loaded.tables
-        self._coder = RansCoder(loaded.tables)
-        self._z_rows_of_level = loaded.model.z_indexes().cpu().numpy().astype(np.uint8) + Z_ROWS
-        self._z_context = CausalPredictor(loaded.model.z_context.frozen_integers(), loaded.model.config.N_z)
 
     @classmethod
     def load(cls, name_or_path_or_uri: str = "cotam-base", device: str = "cpu", max_pixels: int = MAX_PIXELS) -> Codec:
@@ -186,7 +174,7 @@ class Codec:
         cost the map more than they save. Arguments and errors as in ``encode``.
         """
         check_rgb(image)
-        num_levels = self.model.config.num_levels
+        num_levels = self.config.num_levels
         if not 1 <= quality <= num_levels:
             raise ValueError(f"quality {quality} is outside [1, {num_levels}]")
         uniform = round((quality - 1) * Q_STEPS)
@@ -230,7 +218,10 @@ class Codec:
             check_rgb(image)
             if problem := size_problem(image.shape[1], image.shape[0], self.max_pixels):
                 raise ValueError(f"image of {problem}")
-        keys = [self._group(*latent_size(*i.shape[:2]), q) for i, q in zip(images, quality_indexes, strict=True)]
+        keys = [
+            self._group(*latent_size(*i.shape[:2]), q, self._tier_of(q))
+            for i, q in zip(images, quality_indexes, strict=True)
+        ]
         return in_groups(
             keys,
             self._group_size,
@@ -239,31 +230,31 @@ class Codec:
 
     def pack(self, compressed: CompressedImage) -> bytes:
         """The CPU stage of encoding: entropy coding and the container."""
-        q = compressed.quality_index
+        q, tier = compressed.quality_index, self.tiers[compressed.tier]
         h, w = compressed.symbols.shape[1:3]
         segments = [
-            (compressed.z.ravel(), self._z_rows(self._z_levels(q, h, w))),
+            (compressed.z.ravel(), tier.z_rows(q, h, w)),
             drop_skipped(compressed.symbols[0], compressed.rows[0]),
             drop_skipped(compressed.symbols[1], compressed.rows[1]),
         ]
         if isinstance(q, int):
             index, map_code = q, None
         else:
-            index, map_code, map_segment = encode_quality_map(q, self._coder)
+            index, map_code, map_segment = encode_quality_map(q, tier.coder)
             segments.insert(0, map_segment)
-        string, lanes_log2 = self._coder.encode(segments)
+        string, lanes_log2 = tier.coder.encode(segments)
         size = compressed.width, compressed.height
-        return pack(Bitstream(self.model_id, *size, index, lanes_log2, map_code, string))
+        return pack(Bitstream(self.model_id, *size, index, lanes_log2, compressed.tier, map_code, string))
 
     def decompress(self, strings: Sequence[bytes], executor: Executor | None = None) -> list[DecompressedImage]:
         """Entropy decoding and the integer network, in batches of one latent size. Errors as ``decode``."""
         opened = [self._open(s) for s in strings]
-        keys = [self._group(*latent_size(o.height, o.width), o.quality_index) for o in opened]
+        keys = [self._group(*latent_size(o.height, o.width), o.quality_index, o.tier) for o in opened]
         return in_groups(keys, self._group_size, lambda at: self._decompress_group([opened[i] for i in at], executor))
 
     def reconstruct(self, images: Sequence[DecompressedImage]) -> list[RGBImage]:
         """The device stage of decoding: the synthesis, in batches of one latent size."""
-        keys = [self._group(i.y_fixed.shape[2], i.y_fixed.shape[3], i.quality_index) for i in images]
+        keys = [self._group(i.y_fixed.shape[2], i.y_fixed.shape[3], i.quality_index, i.tier) for i in images]
         return in_groups(keys, self._group_size, lambda at: self._reconstruct_group([images[i] for i in at]))
 
     @torch.inference_mode()
@@ -271,18 +262,18 @@ class Codec:
         """``y_hat`` of each image on this codec's device, float32 (M, h, w): what an adapter takes."""
         latents = []
         for image in images:
-            y_hat = self._model(image.quality_index).y_hat(image.y_fixed[None], self._q([image.quality_index]))[0]
-            latents.append(F.pad(y_hat, (0, 0, 0, 0, 0, self.model.config.M - len(y_hat))))
+            model = self.tiers[image.tier].model(image.quality_index)
+            y_hat = model.y_hat(image.y_fixed[None], self._q([image.quality_index]))[0]
+            latents.append(F.pad(y_hat, (0, 0, 0, 0, 0, self.config.M - len(y_hat))))
         return latents
 
-    def _group(self, height: int, width: int, quality: QualityIndex) -> Group:
-        """What images on a latent grid of ``height`` x ``width`` share that are computed together."""
-        highest = quality if isinstance(quality, int) else int(quality.max())
-        return height, width, isinstance(quality, int), self.model.config.num_channels(highest)
+    def _tier_of(self, quality: QualityIndex) -> int:
+        """The tier of a new image: the first, and so the most special, whose range covers it."""
+        return next(k for k, tier in enumerate(self.tiers) if tier.covers(quality))
 
-    def _model(self, quality: QualityIndex) -> CodecModel:
-        """The model cut to the channels of an image's highest quality."""
-        return self.models[self._group(1, 1, quality)[-1]]
+    def _group(self, height: int, width: int, quality: QualityIndex, tier: int) -> Group:
+        """What images on a latent grid of ``height`` x ``width`` share that are computed together."""
+        return height, width, isinstance(quality, int), tier, self.tiers[tier].num_channels(quality)
 
     def _group_size(self, height: int, width: int, *_: object) -> int:
         """How many latents of one size make a batch."""
@@ -292,10 +283,11 @@ class Codec:
     def _compress_group(self, images: list[RGBImage], quality: list[QualityIndex]) -> list[CompressedImage]:
         padded = [torch.from_numpy(pad_to_latents(image)) for image in images]
         x = (torch.stack(padded) if len(padded) > 1 else padded[0][None]).to(self.device).permute(0, 3, 1, 2)
-        latents = self._model(quality[0]).compress(x, self._q(quality))
+        tier = self._tier_of(quality[0])
+        latents = self.tiers[tier].model(quality[0]).compress(x, self._q(quality))
         z, symbols, rows = (t.contiguous().cpu().numpy() for t in latents)
         return [
-            CompressedImage(image.shape[1], image.shape[0], quality[k], z[k], symbols[k], rows[k])
+            CompressedImage(image.shape[1], image.shape[0], quality[k], tier, z[k], symbols[k], rows[k])
             for k, image in enumerate(images)
         ]
 
@@ -305,12 +297,10 @@ class Codec:
         """One batch of ``decompress``; adds the bits of all its elements of y to ``bits`` (h, w)."""
         h, w = latent_size(opened[0].height, opened[0].width)
         quality, decoders = [o.quality_index for o in opened], [o.decoder for o in opened]
-        q, model = self._q(quality), self._model(quality[0])
+        q, tier = self._q(quality), self.tiers[opened[0].tier]
+        model = tier.model(quality[0])
         try:
-            levels = [self._z_levels(k, h, w) for k in quality]
-            z = np.stack([self._decode_z(d, k) for d, k in zip(decoders, levels, strict=True)])
-            if (np.abs(z) > ACTIVATION_MAX).any():
-                raise RansError("hyper-latent out of range")
+            z = np.stack([tier.decode_z(d, k, h, w) for d, k in zip(decoders, quality, strict=True)])
             z_hat = torch.from_numpy(z).to(self.device).float()
             hyper, first = model.decompress_first(z_hat, q, h, w)
             symbols_first = self._decode_half(decoders, first.indexes, executor)
@@ -326,13 +316,9 @@ class Codec:
             for symbols, params in ((symbols_first, first), (symbols_second, second)):
                 bits += gaussian_bits(symbols, scale_of_index(params.indexes)).sum((0, 1)).cpu()
         return [
-            DecompressedImage(o.width, o.height, o.quality_index, y)
+            DecompressedImage(o.width, o.height, o.quality_index, o.tier, y)
             for o, y in zip(opened, torch.stack([y_first, y_second], dim=1), strict=True)
         ]  # fmt: skip
-
-    def _decode_z(self, decoder: RansDecoder, levels: NDArray[np.int64]) -> NDArray[np.int32]:
-        residuals = decoder.decode(self._z_rows(levels)).reshape(-1, *levels.shape)
-        return self._z_context.restore(residuals, levels)
 
     def _decode_half(self, decoders: list[RansDecoder], indexes: Tensor, executor: Executor | None) -> Tensor:
         rows = indexes.permute(0, 2, 3, 1).byte().contiguous().cpu().numpy()
@@ -345,7 +331,8 @@ class Codec:
 
     def _reconstruct_group(self, images: list[DecompressedImage]) -> list[RGBImage]:
         y_fixed = torch.stack([i.y_fixed for i in images])
-        x_hat = self._model(images[0].quality_index).reconstruct(y_fixed, self._q([i.quality_index for i in images]))
+        model = self.tiers[images[0].tier].model(images[0].quality_index)
+        x_hat = model.reconstruct(y_fixed, self._q([i.quality_index for i in images]))
         pixels = x_hat.permute(0, 2, 3, 1).cpu().numpy()
         return [np.ascontiguousarray(p[: i.height, : i.width]) for p, i in zip(pixels, images, strict=True)]
 
@@ -355,34 +342,25 @@ class Codec:
             raise ModelMismatchError(
                 f"bitstream was written by model {stream.model_id.hex()}, this codec is model {self.model_id.hex()}"
             )
-        num_q = self.model.config.num_q
+        num_q = self.config.num_q
         quality: QualityIndex = stream.quality_index
         if quality >= num_q:
             raise BitstreamError(f"bitstream has quality index {quality}, the model has {num_q}")
+        if stream.tier >= len(self.tiers):
+            raise BitstreamError(f"bitstream has tier {stream.tier}, the model has {len(self.tiers)}")
         try:
-            decoder = self._coder.decoder(stream.string, stream.lanes_log2)
+            decoder = self.tiers[stream.tier].coder.decoder(stream.string, stream.lanes_log2)
             if stream.map_code is not None:
                 size = latent_size(stream.height, stream.width)
                 quality = decode_quality_map(stream.quality_index, stream.map_code, decoder, *size, num_q)
         except RansError as error:
             raise BitstreamError(f"bitstream cannot be decoded: {error}") from None
-        return _Opened(stream.width, stream.height, quality, decoder)
+        return _Opened(stream.width, stream.height, quality, stream.tier, decoder)
 
     def _q(self, quality: list[QualityIndex]) -> Tensor:
         """Quality index maps of a group as float32: (B, 1, 1, 1) for uniform ones, else (B, 1, h, w)."""
         maps = [np.full((1, 1), q) if isinstance(q, int) else q for q in quality]
         return torch.from_numpy(np.stack(maps).astype(np.float32))[:, None].to(self.device)
-
-    def _z_levels(self, quality: QualityIndex, h: int, w: int) -> NDArray[np.int64]:
-        """Levels of the z positions of a latent of h x w: (hz, wz)."""
-        q = torch.from_numpy(np.atleast_2d(np.asarray(quality, dtype=np.float32)))[None, None]
-        levels: NDArray[np.int64] = self.model.z_levels(q)[0].numpy()
-        return np.ascontiguousarray(np.broadcast_to(levels, (-(-h // HYPER_STRIDE), -(-w // HYPER_STRIDE))))
-
-    def _z_rows(self, levels: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """CDF rows of all z, in the order they are coded in: channel, row, column."""
-        rows = self._z_rows_of_level[levels]  # (hz, wz, N_z)
-        return np.ascontiguousarray(rows.transpose(2, 0, 1)).ravel()
 
 
 def _map(executor: Executor | None, function: Callable[[A], B], items: Iterable[A]) -> list[B]:

@@ -39,7 +39,7 @@ def write_picture(row: Row, codec: Codec, path: Path) -> None:
     _show(axes[1], decoded, title)
     _show(axes[2], _difference(original, decoded), "difference, 4 times", "no original")
     _show(axes[3], row.importance, "importance", "not stored (--keep-importance) or none", scale=(0, 1))
-    _show(axes[4], quality, "quality level", scale=(1, codec.model.config.num_levels))
+    _show(axes[4], quality, "quality level", scale=(1, codec.config.num_levels))
     _show(axes[5], bits, "bits of each 16x16 position, without z", scale=(0, max(1.0, float(bits.max()))))
     figure.suptitle(row.key.replace("$", r"\$"))  # else a formula
     figure.savefig(path, dpi=100)

@@ -1,6 +1,7 @@
 """Weights: where they are found, how they are checked, and the one file format of a codec.
 
-A codec file is a safetensors file. The floating-point transforms are float16; every integer layer is stored as the
+A codec file is a safetensors file. It has one model or several, its tiers, each for a range of qualities; the arrays of
+tier k have names that begin with "k.". The floating-point transforms are float16; every integer layer is stored as the
 integers it computes with; the CDF tables are stored, not recomputed. Its identity is its sha256.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,17 +22,18 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
+from cotam.bitstream import MAX_TIERS
 from cotam.config import CodecConfig, from_mapping
-from cotam.entropy.tables import Tables, build_tables, check_tables, scales
+from cotam.entropy.tables import Tables, check_tables, scales
 from cotam.models.codec_model import CodecModel
 from cotam.models.integer import IntConv2d
 from cotam.store.fs import split_uri
 
-FORMAT = "cotam-codec/2"
+FORMAT = "cotam-codec/3"
 # Packaged weights by name: the sha256 of cotam/packaged/{name}.safetensors.
 PACKAGED: dict[str, str] = {
     "cotam-adapter-tiny": "f7b051cdbdd9326e57af748ad0400ee5e20646190785ffa48f60b8c0e6803a92",
-    "cotam-base": "6eebb246a3a81dec9d985916b37711fafee94c5ab8d924516541aeee33102cef",
+    "cotam-base": "e662d759d9a8d717436e7f09ea0070014f348269d0fa3a7760043092e4b0539f",
 }
 # Packaged folders by name: the sha256 of the weights in cotam/packaged/{name}.
 PACKAGED_FOLDERS: dict[str, tuple[str, str]] = {
@@ -47,12 +50,33 @@ _MAX_FILE_BYTES = 2**30
 _Arrays = dict[str, NDArray[Any]]
 
 
-class LoadedCodec(NamedTuple):
-    """A frozen model with its tables and the sha256 (hex) of the file it came from."""
+class TierWeights(NamedTuple):
+    """One model of a codec, frozen, with its tables. lowest_quality, highest_quality: what it is for."""
 
+    lowest_quality: float
+    highest_quality: float
     model: CodecModel
     tables: Tables
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The lowest and the highest quality that it is for."""
+        return self.lowest_quality, self.highest_quality
+
+
+class LoadedCodec(NamedTuple):
+    """The tiers of a codec, of one shape, narrow ranges first, and the sha256 (hex) of the file they came from.
+
+    The last tier is for all qualities.
+    """
+
+    tiers: tuple[TierWeights, ...]
     sha256: str
+
+    @property
+    def config(self) -> CodecConfig:
+        """The shape of every tier."""
+        return self.tiers[0].model.config
 
 
 def read_weights(name_or_path_or_uri: str) -> bytes:
@@ -98,17 +122,47 @@ def model_folder(name_or_path: str) -> Path:
     return folder
 
 
-def dump_codec(model: CodecModel, tables: Tables | None = None) -> bytes:
+def with_tier(tiers: Sequence[TierWeights], tier: TierWeights) -> list[TierWeights]:
+    """``tiers`` with ``tier`` in place of the one of the same range, or beside them."""
+    others = [other for other in tiers if other.range != tier.range]
+    return sorted([*others, tier], key=lambda t: (t.highest_quality - t.lowest_quality, t.lowest_quality))
+
+
+def dump_codec(tiers: Sequence[TierWeights]) -> bytes:
     """Serialise a codec.
 
     Args:
-        model: the codec.
-        tables: those that it was loaded with, or fitted; None builds Gaussian ones.
+        tiers: in the order that an encoder tries them in, the last one for all qualities.
 
     Raises:
-        ValueError: an integer layer could overflow its accumulator.
+        ValueError: too many tiers, or of different shapes, or none for all qualities; or an integer layer could
+            overflow its accumulator.
     """
-    model = model.freeze()
+    config = tiers[-1].model.config
+    _check_ranges([tier.range for tier in tiers], config)
+    if any(tier.model.config != config for tier in tiers):
+        raise ValueError("the tiers of a codec must have one shape")
+    arrays: _Arrays = {}
+    for k, tier in enumerate(tiers):
+        arrays.update({f"{k}.{name}": array for name, array in _tier_arrays(tier).items()})
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    metadata = {
+        "format": FORMAT,
+        "config": json.dumps(dataclasses.asdict(config), sort_keys=True),
+        "tiers": json.dumps([list(map(float, tier.range)) for tier in tiers]),
+    }
+    return with_sorted_header(save_safetensors(arrays, metadata))
+
+
+def _check_ranges(ranges: list[tuple[float, float]], config: CodecConfig) -> None:
+    whole = (1, config.num_levels)
+    inside = all(whole[0] <= low <= high <= whole[1] for low, high in ranges)
+    if not 1 <= len(ranges) <= MAX_TIERS or not inside or ranges[-1] != whole:
+        raise ValueError(f"tiers must be one to {MAX_TIERS}, the last one for all qualities {whole}: {ranges}")
+
+
+def _tier_arrays(tier: TierWeights) -> _Arrays:
+    model, tables = tier.model.freeze(), tier.tables
     arrays: _Arrays = {}
     layers = _integer_layers(model)
     for name, tensor in model.state_dict().items():
@@ -123,11 +177,7 @@ def dump_codec(model: CodecModel, tables: Tables | None = None) -> bytes:
         arrays[f"{name}.gain"] = ints.gain.cpu().numpy().astype(np.int8)
         arrays[f"{name}.exponent"] = np.log2(ints.scale.cpu().numpy()).round().astype(np.int8)
     arrays["z_indexes"] = model.z_indexes().cpu().numpy().astype(np.uint8)
-    tables = tables or build_tables()
-    arrays.update({"tables.cdf": tables.cdf, "tables.start": tables.start, "tables.radius": tables.radius})
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    metadata = {"format": FORMAT, "config": json.dumps(dataclasses.asdict(model.config), sort_keys=True)}
-    return with_sorted_header(save_safetensors(arrays, metadata))
+    return arrays | {"tables.cdf": tables.cdf, "tables.start": tables.start, "tables.radius": tables.radius}
 
 
 def parse_codec(data: bytes, where: str) -> LoadedCodec:
@@ -148,15 +198,28 @@ def parse_codec(data: bytes, where: str) -> LoadedCodec:
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{where} has format {metadata.get('format')!r}, this version reads {FORMAT!r}")
     try:
-        model = CodecModel(from_mapping(CodecConfig, json.loads(metadata["config"])))
-        tables = Tables(arrays["tables.cdf"], arrays["tables.start"], arrays["tables.radius"])
-        check_tables(tables)
-        _load_state(model, arrays)
-        model.freeze()
+        config = from_mapping(CodecConfig, json.loads(metadata["config"]))
+        ranges = [(float(low), float(high)) for low, high in json.loads(metadata["tiers"])]
+        _check_ranges(ranges, config)
+        tiers = tuple(_parse_tier(config, *both, _of_tier(arrays, k)) for k, both in enumerate(ranges))
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{where} does not fit its own configuration: {error}") from None
-    _check_integers(model, arrays, where)
-    return LoadedCodec(model, tables, hashlib.sha256(data).hexdigest())
+    return LoadedCodec(tiers, hashlib.sha256(data).hexdigest())
+
+
+def _of_tier(arrays: _Arrays, k: int) -> _Arrays:
+    prefix = f"{k}."
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def _parse_tier(config: CodecConfig, lowest: float, highest: float, arrays: _Arrays) -> TierWeights:
+    model = CodecModel(config)
+    tables = Tables(arrays["tables.cdf"], arrays["tables.start"], arrays["tables.radius"])
+    check_tables(tables)
+    _load_state(model, arrays)
+    model.freeze()
+    _check_integers(model, arrays)
+    return TierWeights(lowest, highest, model, tables)
 
 
 def file_metadata(data: bytes) -> dict[str, str]:
@@ -192,14 +255,14 @@ def _load_state(model: CodecModel, arrays: _Arrays) -> None:
     model.load_state_dict(state)
 
 
-def _check_integers(model: CodecModel, arrays: _Arrays, where: str) -> None:
+def _check_integers(model: CodecModel, arrays: _Arrays) -> None:
     for name, layer in _integer_layers(model).items():
         ints = layer.frozen_integers()
         for leaf in ("weight", "bias", "gain"):
             if not np.array_equal(getattr(ints, leaf).numpy(), arrays[f"{name}.{leaf}"]):
-                raise ValueError(f"{where}: the integers of {name}.{leaf} are not in normal form")
+                raise ValueError(f"the integers of {name}.{leaf} are not in normal form")
     if not np.array_equal(model.z_indexes().numpy(), arrays["z_indexes"]):
-        raise ValueError(f"{where}: z_indexes out of range")
+        raise ValueError("z_indexes out of range")
 
 
 def _integer_layers(model: CodecModel) -> dict[str, IntConv2d]:

@@ -65,7 +65,7 @@ def encode(
     from pipelines.sources import list_partitions
 
     loaded = parse_codec(read_weights(model), model)
-    num_levels = loaded.model.config.num_levels
+    num_levels = loaded.config.num_levels
     if not 1 <= quality <= num_levels:
         raise typer.BadParameter(f"--quality {quality:g} is outside [1, {num_levels}] of {model}")
     attention, clip_sha256 = Attention(clip=clip, layer=layer, queries=queries), ""

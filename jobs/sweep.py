@@ -95,7 +95,7 @@ def sweep(
     attention = Attention(clip=clip, layer=layer, queries=queries)
     is_guided = any(point.strength for point in points)
     loaded = parse_codec(read_weights(model), model)
-    num_levels = loaded.model.config.num_levels
+    num_levels = loaded.config.num_levels
     if bad := [p.quality for p in points if p.codec == "cotam" and not 1 <= p.quality <= num_levels]:
         raise typer.BadParameter(f"--qualities: {bad[0]:g} is outside [1, {num_levels}]")
     config = SweepConfig(

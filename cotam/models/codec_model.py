@@ -84,12 +84,13 @@ class QualityGains(nn.Module):
         # High-rate optimum of bpp + lmbda 255^2 MSE for an orthonormal transform of 16x16 RGB blocks.
         step = torch.sqrt(18 / (math.log(2) * 255**2 * lmbdas)).float()
         self.log_gain = nn.Parameter(-step.log()[:, None].repeat(1, config.M))
-        self.log_inverse = nn.Parameter(step.log()[:, None].repeat(1, config.M))
+        # Relative to the gain: a gain that moved alone would change what a wide channel is reconstructed to.
+        self.log_ratio = nn.Parameter(torch.zeros_like(self.log_gain))
         self.register_buffer("in_use", channels_in_use(config), persistent=False)
 
     def forward(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """Gains and inverse gains, each (B, M, h, w), for quality indexes ``q`` (B, 1, h, w)."""
-        return self._lookup(self.log_gain, q), self._lookup(self.log_inverse, q)
+        return self._lookup(self.log_gain, q), self._lookup(self.log_ratio - self.log_gain, q)
 
     def _lookup(self, table: Tensor, q: Tensor) -> Tensor:
         num_levels = table.shape[0]
@@ -166,7 +167,7 @@ class CodecModel(nn.Module):
         widths = tuple(self.config.num_channels(round(Q_STEPS * position)) for position in positions)
         weight = fraction[:, None].float()
         state = self.state_dict()
-        for name in ("gains.log_gain", "gains.log_inverse", "z_log_scale"):
+        for name in ("gains.log_gain", "gains.log_ratio", "z_log_scale"):
             state[name] = state[name][low] * (1 - weight) + state[name][low + 1] * weight
         filters = state["z_context.weight"].unflatten(0, (-1, len(old))).transpose(0, 1).flatten(1)
         filters = filters[low] * (1 - weight) + filters[low + 1] * weight
@@ -184,7 +185,8 @@ class CodecModel(nn.Module):
         model.load_state_dict(state)
         return model
 
-    def z_levels(self, q: Tensor) -> Tensor:
+    @staticmethod
+    def z_levels(q: Tensor) -> Tensor:
         """Level in [0, L) of every z position, (B, hz, wz), from ``q`` (B, 1, h, w): the rounded mean, exactly."""
         uniform = q.shape[-2:] == (1, 1)
         mean = (q if uniform else F.avg_pool2d(pad_to_multiple(q, HYPER_STRIDE), HYPER_STRIDE))[:, 0]

@@ -58,7 +58,7 @@ class AdapterTrainer(Trainer[Adapter, AdapterBatch]):
         self.config, self._codec, self._estimator = config, codec, estimator
         vision = mllm.model.config.vision_config
         shape = AdapterConfig(
-            M=codec.model.config.M,
+            M=codec.config.M,
             width=vision.hidden_size,
             num_heads=vision.num_attention_heads,
             codec_sha256=codec.sha256,
@@ -138,7 +138,7 @@ class AdapterTrainer(Trainer[Adapter, AdapterBatch]):
 
     def _random(self, examples: Sequence[Example]) -> AdapterBatch:
         rng = np.random.default_rng(list(examples[0].scene.seed.encode()))
-        highest = min(self.config.max_quality, self._codec.model.config.num_levels)
+        highest = min(self.config.max_quality, self._codec.config.num_levels)
         qualities = rng.uniform(1, highest, len(examples)).tolist()
         strengths = (rng.uniform(0, _MAX_STRENGTH, len(examples)) * (rng.random(len(examples)) < 0.5)).tolist()
         return self._encode(examples, qualities, strengths)

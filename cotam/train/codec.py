@@ -19,9 +19,11 @@ from cotam.entropy.tables import COUNTED_MAX, NUM_SCALES, Z_ROWS, Tables, build_
 from cotam.models.codec_model import CodecModel, interpolated_lmbdas, rate_distortion_loss
 from cotam.train.config import CodecTrainConfig
 from cotam.train.data import crop_loader, eval_crops, random_quality_maps
+from cotam.train.levels import match_levels
 from cotam.train.trainer import Trainer
 
 _KLT_PATCHES = 80_000
+_LEVEL_CROPS = 256
 
 
 class CodecTrainer(Trainer[CodecModel, Tensor]):
@@ -43,6 +45,8 @@ class CodecTrainer(Trainer[CodecModel, Tensor]):
         super().__init__(model, config, out_dir, device, dataclasses.asdict(config.model))
         self.lmbdas = interpolated_lmbdas(config.model).to(self.device)
         torch.manual_seed(self.seed)  # noise that no other rank draws
+        low, high = config.qualities or (1, config.model.num_levels)
+        self._span = round((low - 1) * Q_STEPS), round((high - 1) * Q_STEPS)
         self._maps = torch.Generator().manual_seed(self.seed)
         self._evaluation = eval_crops(config.data) if config.data.evaluation and self.rank == 0 else None
 
@@ -59,7 +63,7 @@ class CodecTrainer(Trainer[CodecModel, Tensor]):
         config = self.config
         x = batch.to(self.device, non_blocking=True).float().div_(255).contiguous(memory_format=torch.channels_last)
         side = config.crop_px // LATENT_STRIDE
-        q = random_quality_maps(len(x), side, side, self.model.config.num_q, self._maps).to(self.device)
+        q = self._random_maps(len(x), side, self._maps)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             out = self.forward(x, q)
         out = out._replace(x_hat=out.x_hat.float())
@@ -68,38 +72,54 @@ class CodecTrainer(Trainer[CodecModel, Tensor]):
             shown = {"bpp_est": out.bits.mean() / LATENT_STRIDE**2, "psnr_rgb": -10 * mse.clamp_min(1e-10).log10()}
         return rate_distortion_loss(out, x, q, self.lmbdas), shown
 
+    def _random_maps(self, batch_size: int, side: int, generator: torch.Generator) -> Tensor:
+        return random_quality_maps(batch_size, side, self._span, self.config.uniform, generator).to(self.device)
+
     @torch.no_grad()
     def evaluate(self) -> list[dict[str, Any]]:
-        """Mean bpp_est and PSNR of the averaged model on the held-out crops, for every other quality level."""
+        """Means of the averaged model over held-out crops at whole qualities: bpp_est, PSNR and what is minimised."""
         if self._evaluation is None:
             return []
         crops, results = self._evaluation, []
         self.ema.freeze()
         side = crops.shape[-1] // LATENT_STRIDE
-        for quality in range(1, self.config.model.num_levels + 1, 2):
-            bpp, psnr = 0.0, 0.0
+        low, high = self._span
+        for index in range(-(-low // Q_STEPS) * Q_STEPS, high + 1, Q_STEPS):
+            bpp, psnr, cost, lmbda = 0.0, 0.0, 0.0, float(self.lmbdas[index])
             for batch in crops.split(8):
                 x = batch.to(self.device).float().div(255).contiguous(memory_format=torch.channels_last)
-                q = torch.full((len(x), 1, side, side), (quality - 1.0) * Q_STEPS, device=self.device)
+                q = torch.full((len(x), 1, side, side), float(index), device=self.device)
                 out = self.ema(x, q)
-                bpp += float(out.bits.sum()) / LATENT_STRIDE**2 / side**2
+                rate = float(out.bits.sum()) / LATENT_STRIDE**2 / side**2
+                bpp += rate
                 mse = (out.x_hat.clamp(0, 1).mul(255).round().div(255) - x).square().mean((1, 2, 3))
+                cost += rate + lmbda * 255**2 * float(mse.sum())
                 psnr += sum(-10 * math.log10(max(m, 1e-10)) for m in mse.tolist())
-            results.append({"quality": quality, "bpp_est": bpp / len(crops), "psnr_rgb": psnr / len(crops)})
+            means = {"bpp_est": bpp, "psnr_rgb": psnr, "cost": cost}
+            results.append({"quality": 1 + index // Q_STEPS, **{k: v / len(crops) for k, v in means.items()}})
         return results
+
+    def match_levels(self, reference: CodecModel) -> None:
+        """Give the averaged model's levels the PSNR of those of ``reference``, before tables are fitted."""
+        self.ema.freeze()
+        match_levels(self.ema, reference.freeze(), list(self._same_crops(_LEVEL_CROPS)), self._span)
+
+    def _same_crops(self, num_crops: int) -> Iterator[Tensor]:
+        """Batches of training crops that are the same however often a run was resumed."""
+        return itertools.islice(self._crops(self.config.seed), -(-num_crops // self.config.batch_size))
 
     def fitted_tables(self) -> Tables:
         """CDF tables of the symbols that the averaged model makes of training crops at random qualities.
 
         However often a run was resumed, its weights give the same tables, which are part of a model's identity.
         """
-        side, num_batches = self.config.crop_px // LATENT_STRIDE, -(-self.config.table_crops // self.config.batch_size)
+        side = self.config.crop_px // LATENT_STRIDE
         width = 2 * COUNTED_MAX + 1
         counts = np.zeros(2 * NUM_SCALES * width, dtype=np.int64)
         maps = torch.Generator().manual_seed(self.config.seed)
         self.ema.freeze()
-        for batch in itertools.islice(self._crops(self.config.seed), num_batches):
-            q = random_quality_maps(len(batch), side, side, self.model.config.num_q, maps).to(self.device)
+        for batch in self._same_crops(self.config.table_crops):
+            q = self._random_maps(len(batch), side, maps)
             latents = self.ema.compress(batch.to(self.device), q)
             z_rows = self.ema.z_indexes()[self.ema.z_levels(q)].permute(0, 3, 1, 2) + Z_ROWS
             for symbols, rows in ((latents.symbols, latents.indexes.long()), (latents.z, z_rows)):

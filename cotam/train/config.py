@@ -74,6 +74,9 @@ class CodecTrainConfig(Schedule):
         model: the shape of the codec.
         data: images.
         crop_px: side of the training crops, a multiple of 64.
+        qualities: the lowest and the highest quality that the model is for; empty for all. The other models of the
+            codec that it starts from stay, so that runs one after the other make a codec of several tiers.
+        uniform: share of crops that have one quality; the others have maps.
         linear_lr_factor: on the learning rate, for the linear paths, which start at the KLT and are nearly right.
         optimizer: "adamw" or "soap".
         table_crops: how many crops the CDF tables are fitted to at the end.
@@ -82,6 +85,8 @@ class CodecTrainConfig(Schedule):
     model: CodecConfig = dataclasses.field(default_factory=CodecConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     crop_px: int = 256
+    qualities: tuple[float, ...] = ()
+    uniform: float = 0.5
     linear_lr_factor: float = 0.1
     optimizer: str = "adamw"
     table_crops: int = 1024
@@ -90,6 +95,9 @@ class CodecTrainConfig(Schedule):
         super().__post_init__()
         if self.optimizer not in ("adamw", "soap"):
             raise ValueError(f"optimizer must be adamw or soap, not {self.optimizer!r}")
+        highest = self.model.num_levels
+        if self.qualities and not (len(self.qualities) == 2 and 1 <= self.qualities[0] <= self.qualities[1] <= highest):
+            raise ValueError(f"qualities must be the lowest and the highest, within 1 and {highest}: {self.qualities}")
         for name, side in (("crop_px", self.crop_px), ("data.eval_crop_px", self.data.eval_crop_px)):
             if side % 64 or side <= 0:
                 raise ValueError(f"{name} must be a positive multiple of 64, not {side}")

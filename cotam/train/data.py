@@ -90,24 +90,30 @@ def crop_loader(urls: Sequence[str], crop_px: int, batch_size: int, seed: int, n
     )
 
 
-def random_quality_maps(batch_size: int, height: int, width: int, num_q: int, generator: torch.Generator) -> Tensor:
-    """Quality index maps, float integers (B, 1, h, w): half uniform, the others patchy or a gradient."""
+def random_quality_maps(
+    batch_size: int, side: int, span: tuple[int, int], uniform: float, generator: torch.Generator
+) -> Tensor:
+    """Quality index maps in ``span``, float integers (B, 1, side, side): a share uniform, others patchy or gradual."""
+    low, size = span[0], span[1] - span[0] + 1
 
     def draw(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator)
 
     maps = []
     for _ in range(batch_size):
-        kind = draw(1).item()
-        if kind < 0.5:
-            level = draw(1, 1, 1).expand(1, height, width)
-        elif kind < 0.75:
+        if draw(1).item() < uniform:
+            maps.append((low + size * draw(1, 1, 1)).floor().expand(1, side, side))
+            continue
+        if draw(1).item() < 0.5:
             cells = int(torch.randint(2, 5, (1,), generator=generator))
-            level = F.interpolate(draw(1, 1, cells, cells), size=(height, width))[0]
+            pattern = F.interpolate(draw(1, 1, cells, cells), size=(side, side))[0]
         else:
             corners = draw(1, 1, 2, 2)
-            level = F.interpolate(corners, size=(height, width), mode="bilinear", align_corners=True)[0]
-        maps.append((level * num_q).floor().clamp(0, num_q - 1))
+            pattern = F.interpolate(corners, size=(side, side), mode="bilinear", align_corners=True)[0]
+        spread = size * draw(1)
+        lowest = low + (size - spread) * draw(1)
+        peaked = pattern ** (1 + 2 * draw(1))  # what is important is mostly small
+        maps.append((lowest + spread * peaked).floor().clamp(*span))
     return torch.stack(maps)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,9 +20,10 @@ from torch import nn
 
 from cotam.errors import one_line
 from cotam.importance import Attention
+from cotam.models.codec_model import CodecModel
 from cotam.train.config import AdapterTrainConfig, ClipTrainConfig, CodecTrainConfig, Schedule, VlmTrainConfig
 from cotam.train.trainer import Trainer
-from cotam.weights import dump_codec, model_folder, parse_codec, read_weights
+from cotam.weights import TierWeights, dump_codec, model_folder, parse_codec, read_weights, with_tier
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -33,7 +35,8 @@ def train_codec(config: CodecTrainConfig, out: Path, device: str | None = None, 
         config: the run.
         out: local folder; afterwards it holds checkpoint.pt, log.jsonl, codec.safetensors and codec.md.
         device: "cpu" or "cuda"; None takes CUDA where there is one.
-        init: name, path or URI of a codec to start from, whose shape is kept; its levels become ``config``'s.
+        init: name, path or URI of a codec to start from, whose shape is kept. Its levels become ``config``'s; with
+            ``config.qualities`` only the model of that range is trained, or split off, and exported beside the others.
 
     Returns:
         The path of the exported weights.
@@ -43,23 +46,43 @@ def train_codec(config: CodecTrainConfig, out: Path, device: str | None = None, 
     """
     from cotam.train.codec import CodecTrainer
 
-    start = None
-    if init is not None:
-        start = parse_codec(read_weights(init), init).model
-        if start.config.lmbdas != config.model.lmbdas:
-            start = start.with_lmbdas(config.model.lmbdas)
+    if init is None and config.qualities:
+        raise ValueError("qualities need --init: a codec has a model for all qualities before it gets others")
+    start, others = _codec_to_start_from(init, config) if init is not None else (None, ())
+    if start is not None:
         config = dataclasses.replace(config, model=start.config)
     weights = out / "codec.safetensors"
     with _on_device(device) as chosen:
         trainer = CodecTrainer(config, out, chosen, start)
         model = _run(trainer, out)
         if trainer.rank == 0:
+            if others and config.qualities:
+                trainer.match_levels(others[-1].model)
+            trained = TierWeights(*_range(config), model, trainer.fitted_tables())
             partial = weights.with_suffix(".partial")
-            partial.write_bytes(dump_codec(model, trainer.fitted_tables()))
+            partial.write_bytes(dump_codec(with_tier(others, trained)))
             partial.replace(weights)
             (out / "codec.md").write_text(model_card("A CoTAM codec", config, out, weights))
             _say_exported(weights)
     return weights
+
+
+def _range(config: CodecTrainConfig) -> tuple[float, float]:
+    """The qualities that a run trains for."""
+    low, high = config.qualities or (1.0, config.model.num_levels)
+    return low, high
+
+
+def _codec_to_start_from(init: str, config: CodecTrainConfig) -> tuple[CodecModel, Sequence[TierWeights]]:
+    """The model to train further, and the tiers that it will be exported beside: none where the levels are new."""
+    loaded = parse_codec(read_weights(init), init)
+    if loaded.config.lmbdas != config.model.lmbdas:
+        if config.qualities:
+            raise ValueError(f"{init} has other lmbdas: a model for some qualities keeps those of the whole codec")
+        return loaded.tiers[-1].model.with_lmbdas(config.model.lmbdas), ()
+    low, high = _range(config)
+    nearest = next(t for t in loaded.tiers if t.lowest_quality <= low and high <= t.highest_quality)
+    return copy.deepcopy(nearest.model), loaded.tiers  # a copy: the one that it is split off stays
 
 
 def train_clip(config: ClipTrainConfig, out: Path, device: str | None = None, init: str | None = None) -> Path:
@@ -150,6 +173,8 @@ def train_adapter(
 def _on_device(device: str | None) -> Iterator[str]:
     """The device of this process, with torch.distributed initialised under torchrun."""
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("no CUDA device here: leave --device out, or take cpu")
     try:
         if "LOCAL_RANK" in os.environ:  # torchrun
             dist.init_process_group("nccl" if chosen == "cuda" else "gloo")

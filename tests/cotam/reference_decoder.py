@@ -29,7 +29,7 @@ class ReferenceDecoder:
     """Decodes bitstreams with the bytes of a codec file."""
 
     def __init__(self, weights: bytes) -> None:
-        self.arrays = load(weights)
+        self.every = load(weights)
         header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
         config = json.loads(header["__metadata__"]["config"])
         self.num_channels, self.num_levels, self.num_z = config["M"], len(config["lmbdas"]), config["N_z"]
@@ -37,8 +37,10 @@ class ReferenceDecoder:
 
     def decode(self, data: bytes) -> Decoded:
         """The integers of one bitstream."""
-        assert data[0] == 2 and zlib.crc32(data[:-4]) == int.from_bytes(data[-4:], "little")
+        assert data[0] == 3 and zlib.crc32(data[:-4]) == int.from_bytes(data[-4:], "little")
         flags, lowest = data[5], data[6]
+        tier = f"{flags >> 3}."
+        self.arrays = {name.removeprefix(tier): a for name, a in self.every.items() if name.startswith(tier)}
         width, at = _varint(data, 7)
         height, at = _varint(data, at)
         h, w = -(-height // 16), -(-width // 16)

@@ -22,10 +22,10 @@ from cotam.bitstream import BitstreamError, ModelMismatchError, pack, unpack
 from cotam.codec import Codec
 from cotam.config import Q_STEPS
 from cotam.entropy.quality_map import encode_quality_map
-from cotam.entropy.rans import RansCoder
 from cotam.image import RGBImage, decode_image
 from cotam.importance import DEFAULT_STRENGTH
-from cotam.weights import dump_codec, parse_codec
+from cotam.models.codec_model import CodecModel
+from cotam.weights import dump_codec, parse_codec, read_weights
 from tests.cotam import golden
 
 Coded = tuple[list[bytes], list[RGBImage]]
@@ -70,9 +70,8 @@ def _in_threads(codec: Codec, images: list[RGBImage]) -> Coded:
 
 
 def _after_a_round_trip_of_the_weights(codec: Codec, images: list[RGBImage]) -> Coded:
-    loaded = parse_codec(dump_codec(codec.model, codec.tables), "dumped")
-    data = dump_codec(loaded.model, loaded.tables)
-    return _in_batches(Codec(parse_codec(data, "dumped again")), images)
+    data = dump_codec(parse_codec(read_weights("cotam-base"), "packaged").tiers)
+    return _in_batches(Codec(parse_codec(data, "dumped")), images)
 
 
 def _in_another_process(codec: Codec, images: list[RGBImage]) -> Coded:
@@ -88,8 +87,8 @@ def _load_and_code(images: list[RGBImage]) -> Coded:
 def test_latents_have_all_channels_at_every_quality(codec: Codec, photos: dict[str, RGBImage]) -> None:
     for quality in (1.0, 8.0):
         (y_hat,) = codec.latents(codec.decompress([codec.encode(photos["coffee"][:70, :100], quality)]))
-        used = codec.model.config.num_channels(round((quality - 1) * Q_STEPS))
-        assert y_hat.shape == (codec.model.config.M, 5, 7)
+        used = codec.config.num_channels(round((quality - 1) * Q_STEPS))
+        assert y_hat.shape == (codec.config.M, 5, 7)
         assert y_hat[:used].abs().sum() > 0 and not y_hat[used:].any()
 
 
@@ -105,8 +104,8 @@ def test_bytes_and_pixels_are_the_same_however_they_are_made(
         np.testing.assert_array_equal(actual, expected)
 
 
-def _other_codec(codec: Codec) -> Codec:
-    return Codec(parse_codec(dump_codec(codec.model, codec.tables), "dumped"))
+def _models(codec: Codec) -> list[CodecModel]:
+    return [model for tier in codec.tiers for model in tier.models.values()]
 
 
 @contextmanager
@@ -118,8 +117,8 @@ def _bfloat16(codec: Codec) -> Iterator[Codec]:
 @contextmanager
 def _float32(codec: Codec) -> Iterator[Codec]:
     """As on a CPU without bfloat16."""
-    other = _other_codec(codec)
-    for model in other.models.values():
+    other = Codec.load()
+    for model in _models(other):
         model.use_low_precision(False)
     yield other
 
@@ -132,8 +131,8 @@ def _without_onednn(codec: Codec) -> Iterator[Codec]:
 
 @contextmanager
 def _contiguous(codec: Codec) -> Iterator[Codec]:
-    other = _other_codec(codec)
-    for model in other.models.values():
+    other = Codec.load()
+    for model in _models(other):
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     yield other
 
@@ -151,8 +150,8 @@ def _reduced_float32(codec: Codec) -> Iterator[Codec]:
 
 @contextmanager
 def _compiled(codec: Codec) -> Iterator[Codec]:
-    other = _other_codec(codec)
-    for model in other.models.values():
+    other = Codec.load()
+    for model in _models(other):
         for name in ("g_a", "g_s", "h_a"):
             setattr(model, name, torch.compile(getattr(model, name), dynamic=True))
     yield other
@@ -186,7 +185,7 @@ def test_encoded_one_way_decodes_the_other_way(
 def test_encoded_on_a_gpu_decodes_on_a_cpu_and_the_other_way_round(
     codec: Codec, images: list[RGBImage], coded: Coded
 ) -> None:
-    gpu = Codec(parse_codec(dump_codec(codec.model, codec.tables), "dumped"), device="cuda")
+    gpu = Codec.load(device="cuda")
     for strings in (coded[0], gpu.encode_batch(images, 3.25)):
         for here, there in zip(codec.decompress(strings), gpu.decompress(strings), strict=True):
             assert torch.equal(here.y_fixed, there.y_fixed.cpu())
@@ -203,12 +202,12 @@ def test_any_size_round_trips(codec: Codec, photos: dict[str, RGBImage], size: t
 
 def test_quality_buys_fidelity_with_bytes(codec: Codec, photos: dict[str, RGBImage]) -> None:
     for image in photos.values():
-        strings = [codec.encode(image[:144, :144], quality) for quality in (1, 1.25, 2, 3, 4, 5, 6, 7, 8)]
+        strings = [codec.encode(image[:144, :144], quality) for quality in (1, 1.25, 2, 3, 3.75, 4, 4.75, 5, 6, 7, 8)]
         num_bytes = [len(s) for s in strings]
         psnrs = [_psnr(codec.decode(s), image[:144, :144]) for s in strings]
         assert num_bytes == sorted(set(num_bytes))
         assert psnrs == sorted(psnrs)
-        assert psnrs[6] > 27
+        assert psnrs[8] > 27
 
 
 def test_importance_moves_bits_to_where_it_is(codec: Codec, photos: dict[str, RGBImage]) -> None:
@@ -261,8 +260,8 @@ def test_maps_stay_inside_the_model_and_decode(
     image = photos["coffee"]
     importance = np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)
     quality_map = codec.quality_index(quality, image, importance, strength)
-    assert isinstance(quality_map, np.ndarray) and quality_map.max() < codec.model.config.num_q
-    assert quality_map.min() == 0 if quality < 4 else quality_map.max() == codec.model.config.num_q - 1
+    assert isinstance(quality_map, np.ndarray) and quality_map.max() < codec.config.num_q
+    assert quality_map.min() == 0 if quality < 4 else quality_map.max() == codec.config.num_q - 1
     grid = np.asarray(quality_map, dtype=float)
     rises = np.corrcoef(grid.mean(0), np.arange(grid.shape[1]))[0, 1]
     assert rises * strength > 0  # more where it is more important
@@ -273,7 +272,7 @@ def test_map_takes_at_most_3_percent(codec: Codec, photos: dict[str, RGBImage]) 
     """At the default quality and strength, for a map as smooth as attention is: together, and 4 % of any one."""
     i, j = np.mgrid[-1:1:24j, -1:1:24j]  # type: ignore[misc]
     importance = np.exp(-3 * (i**2 + j**2))
-    coder = RansCoder(codec.tables)
+    coder = codec.tiers[0].coder
     maps, wholes = [], []
     for name, image in photos.items():
         q = codec.quality_index(4.0, image, importance, DEFAULT_STRENGTH)
@@ -313,7 +312,7 @@ def test_unusable_arguments_are_named(codec: Codec, arguments: dict[str, Any], m
 
 
 def test_images_over_the_limit_are_refused(codec: Codec) -> None:
-    small = Codec(parse_codec(dump_codec(codec.model, codec.tables), "dumped"), max_pixels=599)
+    small = Codec.load(max_pixels=599)
     with pytest.raises(ValueError, match="over the limit of 599"):
         small.encode(_RGB)
     with pytest.raises(BitstreamError, match="over the limit of 599"):
@@ -324,6 +323,21 @@ def test_bitstream_of_another_model_names_both(codec: Codec) -> None:
     stream = unpack(codec.encode(_RGB), codec.max_pixels)
     with pytest.raises(ModelMismatchError, match=f"by model 00c0ffee, this codec is model {codec.sha256[:8]}"):
         codec.decode(pack(stream._replace(model_id=bytes.fromhex("00c0ffee"))))
+
+
+def test_each_image_has_the_most_special_tier_and_no_other_decodes_it(codec: Codec) -> None:
+    ramp = np.tile(np.linspace(0, 1, 8), (8, 1))
+    image = np.ascontiguousarray(skimage.data.coffee()[:128, :128])
+    assert [(tier.lowest_quality, tier.highest_quality) for tier in codec.tiers] == [(1, 3.75), (5, 8), (1, 8)]
+    cases = ((1, 0, 0), (3.75, 0, 0), (4, 0, 2), (5, 0, 1), (8, 0, 1), (2, 2, 0), (6.5, 2, 1), (3.5, 4, 2), (5, 4, 2))
+    for quality, strength, tier in cases:
+        stream = unpack(codec.encode(image, quality, ramp, strength), codec.max_pixels)
+        assert stream.tier == tier
+        for other in {0, 1, 2} - {tier}:
+            with pytest.raises(BitstreamError):
+                codec.decode(pack(stream._replace(tier=other)))
+        with pytest.raises(BitstreamError, match="bitstream has tier 3, the model has 3"):
+            codec.decode(pack(stream._replace(tier=3)))
 
 
 def test_altered_bitstreams_with_a_valid_checksum_are_refused_or_decode(

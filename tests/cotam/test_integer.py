@@ -40,19 +40,19 @@ Run = Callable[[EntropyParameters, Inputs], list[Tensor]]
 
 @pytest.fixture(scope="module")
 def network(codec: Codec) -> EntropyParameters:
-    return codec.model.entropy_parameters
+    return codec.tiers[-1].whole.entropy_parameters
 
 
 @pytest.fixture(scope="module")
 def inputs(codec: Codec) -> Inputs:
     """Eight latents of 9x13: four as in photographs, four as extreme as a hostile bitstream can make them."""
-    config, generator = codec.model.config, torch.Generator().manual_seed(0)
+    config, generator = codec.config, torch.Generator().manual_seed(0)
     spread = torch.tensor([1.0, 3.0, 9.0, 27.0, 81.0, 200.0, 1e3, 1e6])[:, None, None, None]
     z_hat = (torch.randn(8, config.N_z, 3, 4, generator=generator) * spread).round()
     y_first = (torch.randn(8, config.M // 2, 9, 13, generator=generator) * spread * MEAN_STEPS).round()
     return Inputs(
         z_hat.clamp(-ACTIVATION_MAX, ACTIVATION_MAX),
-        torch.randint(codec.model.config.num_q, (8, 1, 9, 13), generator=generator).float(),
+        torch.randint(config.num_q, (8, 1, 9, 13), generator=generator).float(),
         y_first.clamp(-(2**18), 2**18),
     )
 
@@ -191,9 +191,9 @@ def test_largest_layer_that_cannot_overflow_is_exact() -> None:
 
 
 def test_a_model_cut_to_fewer_channels_computes_the_same_integers(codec: Codec, inputs: Inputs) -> None:
-    whole = codec.model.entropy_parameters
-    for num_channels, model in codec.models.items():
-        highest = max(q for q in range(codec.model.config.num_q) if codec.model.config.num_channels(q) == num_channels)
+    whole = codec.tiers[-1].whole.entropy_parameters
+    for num_channels, model in codec.tiers[-1].models.items():
+        highest = max(q for q in range(codec.config.num_q) if codec.config.num_channels(q) == num_channels)
         q = inputs.q.clamp_max(highest)
         y_first = inputs.y_first * whole.in_use(q)  # what is not there has no symbols
         expected = _run(whole, Inputs(inputs.z_hat, q, y_first))
@@ -205,10 +205,14 @@ def test_a_model_cut_to_fewer_channels_computes_the_same_integers(codec: Codec, 
             assert not full[:, num_channels // 2 :].any()
 
 
-def test_hidden_layers_neither_idle_nor_clip(codec: Codec, photos: dict[str, RGBImage]) -> None:
+@pytest.mark.parametrize(("tier", "qualities"), [(0, (1, 3)), (1, (5, 7)), (2, (2, 4, 7))])
+def test_hidden_layers_neither_idle_nor_clip(
+    codec: Codec, photos: dict[str, RGBImage], tier: int, qualities: tuple[int, ...]
+) -> None:
     """Activations that round to 0 say nothing, nor do those at the end of their range."""
+    model = codec.tiers[tier].whole
     seen: dict[str, Tensor] = {}
-    network = copy.deepcopy(codec.model.entropy_parameters)
+    network = copy.deepcopy(model.entropy_parameters)
     for name, layer in network.named_modules():
         if isinstance(layer, IntConv2d) and layer.high == ACTIVATION_MAX and name != "context":  # latents are mostly 0
 
@@ -218,13 +222,13 @@ def test_hidden_layers_neither_idle_nor_clip(codec: Codec, photos: dict[str, RGB
 
             layer._round = keep  # type: ignore[method-assign]
     x = torch.from_numpy(photos["astronaut"]).permute(2, 0, 1)[None].float() / 255
-    for quality in (2, 4, 7):
+    for quality in qualities:
         q = torch.full((1, 1, x.shape[2] // 16, x.shape[3] // 16), (quality - 1.0) * Q_STEPS)
         with torch.no_grad():
-            y = codec.model.g_a(x).float() * codec.model.gains(q)[0]
-            hyper = network.hyper(codec.model.h_a(y).round(), q, *y.shape[2:])
+            y = model.g_a(x).float() * model.gains(q)[0]
+            hyper = network.hyper(model.h_a(y).round(), q, *y.shape[2:])
             params = network.first_params(hyper, q)
-            first = codec.model.y_fixed(codec.model._symbols(split_halves(y)[0], params), params)
+            first = model.y_fixed(model._symbols(split_halves(y)[0], params), params)
             network.second_params(hyper, first, q)
         assert len(seen) == 9
         for name, out in seen.items():
@@ -236,7 +240,7 @@ def test_hidden_layers_neither_idle_nor_clip(codec: Codec, photos: dict[str, RGB
 def test_the_hyper_latent_comes_back_from_what_it_differs_by_from_its_prediction(
     codec: Codec, shape: tuple[int, int]
 ) -> None:
-    model, generator = codec.model, torch.Generator().manual_seed(1)
+    model, generator = codec.tiers[-1].whole, torch.Generator().manual_seed(1)
     integers, num_channels = model.z_context.frozen_integers(), model.config.N_z
     assert integers.weight.unflatten(0, (num_channels, -1)).flatten(2).any(-1).any(0).all(), "a level predicts nothing"
     for spread in (1.0, 5.0, 200.0):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from cotam.bitstream import unpack
 from cotam.codec import Codec
@@ -24,7 +25,9 @@ from cotam.models.codec_model import CodecModel
 from cotam.train import codec as trainer_module
 from cotam.train.codec import CodecTrainer
 from cotam.train.config import CodecTrainConfig, DataConfig
+from cotam.train.levels import _psnr, match_levels
 from cotam.train.run import train_codec
+from cotam.weights import TierWeights, parse_codec, read_weights
 from tests.corpus import photograph, to_bytes, write_tar, write_webdataset
 
 SMALL = CodecConfig(
@@ -105,6 +108,63 @@ def test_a_run_resumes_and_exports_a_codec(
         CodecTrainer(dataclasses.replace(longer, optimizer=other), out)
 
 
+def test_a_range_of_qualities_gets_a_model_of_its_own(config: CodecTrainConfig, tmp_path: Path) -> None:
+    def trained(name: str, qualities: tuple[float, ...], init: Path | None) -> tuple[TierWeights, ...]:
+        run = dataclasses.replace(config, qualities=qualities)
+        weights = train_codec(run, tmp_path / name, "cpu", init=str(init) if init else None)
+        return parse_codec(weights.read_bytes(), name).tiers
+
+    def file(name: str) -> Path:
+        return tmp_path / name / "codec.safetensors"
+
+    (whole,) = trained("whole", (), None)
+    upper = trained("upper", (4.5, 8.0), file("whole"))
+    assert [tier.range for tier in upper] == [(4.5, 8), (1, 8)]
+    assert _same(upper[1], whole) and not _same(upper[0], whole)
+    three = trained("three", (1.0, 4.25), file("upper"))
+    assert [tier.range for tier in three] == [(1, 4.25), (4.5, 8), (1, 8)]
+    assert _same(three[1], upper[0]) and _same(three[2], whole) and not _same(three[0], whole)
+    last = trained("last", (), file("three"))
+    assert [tier.range for tier in last] == [tier.range for tier in three]
+    assert _same(last[0], three[0]) and _same(last[1], three[1]) and not _same(last[2], three[2])
+
+    codec, image = Codec.load(str(file("last"))), np.full((64, 64, 3), 99, np.uint8)
+    strings = [codec.encode(image, quality) for quality in (1, 4.25, 4.5, 8)]
+    strings += [codec.encode(image, quality, np.eye(4), strength) for quality, strength in ((2, 2), (6, 1), (4, 3))]
+    assert [unpack(s, 2**20).tier for s in strings] == [0, 0, 1, 1, 0, 1, 2]
+    assert [decoded.shape for decoded in codec.decode_batch(strings)] == len(strings) * [image.shape]
+    with pytest.raises(ValueError, match="qualities need --init"):
+        train_codec(dataclasses.replace(config, qualities=(1.0, 4.25)), tmp_path / "none", "cpu")
+    with pytest.raises(ValueError, match="qualities must be the lowest and the highest, within 1 and 8"):
+        dataclasses.replace(config, qualities=(4.5, 9.0))
+
+
+def test_levels_of_a_tier_are_as_faithful_as_those_beside_it(photos: dict[str, RGBImage]) -> None:
+    """A model of the same rate-distortion whose levels lie elsewhere gets them back; those out of its range stay."""
+    reference, model = (parse_codec(read_weights("cotam-base"), "packaged").tiers[-1].model for _ in range(2))
+    crops = [torch.from_numpy(photos["astronaut"][:128, k : k + 128].copy()).permute(2, 0, 1)[None] for k in (0, 128)]
+    tables = model.gains.log_gain, model.gains.log_ratio
+    before = [table.detach().clone() for table in tables]
+    with torch.no_grad():
+        for table, old in zip(tables, before, strict=True):
+            table[3:7] = 0.8 * old[3:7] + 0.2 * old[4:8]
+
+    def psnrs(codec: CodecModel) -> Tensor:
+        return _psnr(codec, crops, torch.arange(3, 7))
+
+    off = (psnrs(model) - psnrs(reference)).abs()
+    assert off.min() > 0.2
+    match_levels(model, reference, crops, (3 * Q_STEPS, 6 * Q_STEPS + 2))
+    assert ((psnrs(model) - psnrs(reference)).abs() < 0.25 * off).all()
+    for table, old in zip(tables, before, strict=True):
+        assert torch.equal(table[:3], old[:3]) and torch.equal(table[7:], old[7:])
+
+
+def _same(a: TierWeights, b: TierWeights) -> bool:
+    states = a.model.state_dict().values(), b.model.state_dict().values()
+    return all(torch.equal(x, y) for x, y in zip(*states, strict=True))
+
+
 def test_a_run_of_two_processes_goes_on_in_one_and_back(config: CodecTrainConfig, tmp_path: Path) -> None:
     """Ranks share the optimizer's work and its state; a checkpoint holds all of it, and each takes its part."""
     file, out = tmp_path / "config.yaml", tmp_path / "run"
@@ -148,7 +208,7 @@ def test_what_is_no_image_does_not_end_a_training(config: CodecTrainConfig, tmp_
     model = dataclasses.replace(SMALL, lmbdas=(0.001, 0.01, 0.1), M_levels=(8, 16, 32))
     records: list[dict[str, Any]] = []
     CodecTrainer(dataclasses.replace(config, data=data, model=model), tmp_path / "run").run(records.append)
-    assert [record["evaluation"]["quality"] for record in records if "evaluation" in record] == [1, 3]
+    assert [record["evaluation"]["quality"] for record in records if "evaluation" in record] == [1, 2, 3]
 
 
 def test_training_lowers_the_loss(config: CodecTrainConfig, tmp_path: Path) -> None:
@@ -160,9 +220,7 @@ def test_training_lowers_the_loss(config: CodecTrainConfig, tmp_path: Path) -> N
     before.run(first.append)
 
     def cost(results: list[dict[str, Any]]) -> float:
-        """bpp + lmbda 255^2 MSE at quality 5."""
-        e = next(r["evaluation"] for r in results if r.get("evaluation", {}).get("quality") == 5)
-        return float(e["bpp_est"] + SMALL.lmbdas[4] * 255**2 * 10 ** (-e["psnr_rgb"] / 10))
+        return next(r["evaluation"]["cost"] for r in results if r.get("evaluation", {}).get("quality") == 5)
 
     assert cost(records) < 0.99 * cost(first)
 
@@ -173,7 +231,7 @@ def test_estimated_bits_are_those_of_the_bitstream(codec: Codec, photos: dict[st
     for quality in (4, 7):
         q = torch.full((1, 1, x.shape[2] // 16, x.shape[3] // 16), (quality - 1.0) * Q_STEPS)
         with torch.no_grad():
-            estimate = float(codec.model(x, q).bits.sum())
+            estimate = float(codec.tiers[2 if quality == 4 else 1].whole(x, q).bits.sum())
         string = unpack(codec.encode(image, quality), codec.max_pixels).string
         # Estimates are of Gaussians, the tables are fitted to what real symbols are.
         assert 0.95 * estimate < 8 * len(string) < estimate
@@ -205,7 +263,13 @@ def test_config_file_errors_name_the_key(tmp_path: Path, codec: Codec) -> None:
         with pytest.raises(ValueError, match="lmbdas must be two or more positive numbers that grow"):
             load_yaml(CodecTrainConfig, file)
     packaged = Path(trainer_module.__file__).parent.parent / "configs/codec-base.yaml"
-    assert load_yaml(CodecTrainConfig, packaged).model == codec.model.config
+    assert load_yaml(CodecTrainConfig, packaged).model == codec.config
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_device_that_is_not_there_is_named(config: CodecTrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no CUDA device here"):
+        train_codec(config, tmp_path / "run", "cuda")
 
 
 def test_training_goes_on_beside_a_codec_in_use(codec: Codec, photos: dict[str, RGBImage]) -> None:
@@ -218,7 +282,7 @@ def test_training_goes_on_beside_a_codec_in_use(codec: Codec, photos: dict[str, 
 
 
 def test_other_quality_levels_start_between_those_that_were_trained(codec: Codec) -> None:
-    old = codec.model
+    old = codec.tiers[-1].whole
     same = old.with_lmbdas(old.config.lmbdas).state_dict()
     for name, tensor in old.state_dict().items():
         torch.testing.assert_close(same[name], tensor, rtol=1e-5, atol=1e-5)

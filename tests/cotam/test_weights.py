@@ -17,8 +17,9 @@ from safetensors.numpy import load, save
 from cotam import weights
 from cotam.codec import Codec
 from cotam.config import CodecConfig
+from cotam.entropy.tables import build_tables
 from cotam.models.codec_model import CodecModel
-from cotam.weights import FORMAT, dump_codec, parse_codec, read_weights
+from cotam.weights import FORMAT, TierWeights, dump_codec, parse_codec, read_weights
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -29,17 +30,17 @@ CONFIG = CodecConfig(M=16, N8=8, N16=8, analysis_blocks=(1, 1), synthesis_blocks
 @pytest.fixture(scope="module")
 def file_bytes() -> bytes:
     """The file of a small codec."""
-    return dump_codec(CodecModel(CONFIG))
+    return dump_codec([TierWeights(1.0, 8.0, CodecModel(CONFIG), build_tables())])
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_saving_a_loaded_codec_gives_its_bytes_and_identity(codec: Codec, tmp_path: Path, training: bool) -> None:
     """Also when training was about to go on: the thawed parameters quantise to the stored integers."""
-    (tmp_path / "codec.safetensors").write_bytes(dump_codec(codec.model, codec.tables))
-    loaded = Codec.load(str(tmp_path / "codec.safetensors"))
-    assert loaded.sha256 == codec.sha256
-    data = dump_codec(loaded.model.train(training), loaded.tables)
-    assert parse_codec(data, "codec").sha256 == codec.sha256
+    loaded = parse_codec(read_weights("cotam-base"), "packaged")
+    for tier in loaded.tiers:
+        tier.model.train(training)
+    (tmp_path / "codec.safetensors").write_bytes(dump_codec(loaded.tiers))
+    assert Codec.load(str(tmp_path / "codec.safetensors")).sha256 == codec.sha256
 
 
 def _with(**changes: NDArray[Any]) -> Callable[[Arrays], None]:
@@ -56,22 +57,25 @@ def _change(name: str, value: int) -> Callable[[Arrays], None]:
 @pytest.mark.parametrize(
     ("alter", "message"),
     [
-        (lambda a: a.pop("g_a.linear.weight"), "does not fit its own configuration.*g_a.linear.weight"),
-        (lambda a: a.pop("tables.cdf"), "does not fit its own configuration.*tables.cdf"),
-        (_with(**{"g_a.linear.weight": np.zeros((2, 3), np.float16)}), "does not fit its own configuration"),
-        (_with(**{"tables.start": np.zeros(193, np.int32)}), "CDF tables"),
-        (_change("tables.cdf", 5), "CDF tables"),
-        (_change("entropy_parameters.first.mix.weight", -128), "not in normal form"),
-        (_change("entropy_parameters.first.mix.bias", 2**30), "overflow"),
-        (_change("entropy_parameters.first.mix.exponent", 100), "overflow"),
-        (_change("z_indexes", 64), "does not fit its own configuration"),
+        (lambda a: a.pop("0.g_a.linear.weight"), "does not fit its own configuration.*g_a.linear.weight"),
+        (lambda a: a.pop("0.tables.cdf"), "does not fit its own configuration.*tables.cdf"),
+        (_with(**{"0.g_a.linear.weight": np.zeros((2, 3), np.float16)}), "does not fit its own configuration"),
+        (_with(**{"0.tables.start": np.zeros(193, np.int32)}), "CDF tables"),
+        (_change("0.tables.cdf", 5), "CDF tables"),
+        (_change("0.entropy_parameters.first.mix.weight", -128), "not in normal form"),
+        (_change("0.entropy_parameters.first.mix.bias", 2**30), "overflow"),
+        (_change("0.entropy_parameters.first.mix.exponent", 100), "overflow"),
+        (_change("0.z_indexes", 64), "does not fit its own configuration"),
     ],
 )
 def test_tampered_arrays_are_refused(file_bytes: bytes, alter: Callable[[Arrays], object], message: str) -> None:
     arrays = {name: array.copy() for name, array in load(file_bytes).items()}
     alter(arrays)
     with pytest.raises(ValueError, match=message):
-        parse_codec(save(arrays, {"format": FORMAT, "config": json.dumps(dataclasses.asdict(CONFIG))}), "codec")
+        parse_codec(
+            save(arrays, {"format": FORMAT, "config": json.dumps(dataclasses.asdict(CONFIG)), "tiers": "[[1, 8]]"}),
+            "codec",
+        )
 
 
 @pytest.mark.parametrize(
@@ -84,7 +88,13 @@ def test_tampered_arrays_are_refused(file_bytes: bytes, alter: Callable[[Arrays]
         ({"format": FORMAT, "config": "[1]"}, "does not fit its own configuration"),
         ({"format": FORMAT, "config": '{"N_w": 3}'}, "unknown key 'N_w'"),
         ({"format": FORMAT, "config": '{"M": "wide"}'}, "does not fit its own configuration"),
-        ({"format": FORMAT, "config": '{"M": 64}'}, "does not fit its own configuration"),
+        ({"format": FORMAT, "config": '{"M": 64}', "tiers": "[[1, 8]]"}, "does not fit its own configuration"),
+        ({"format": FORMAT, "config": "{}"}, "does not fit its own configuration: 'tiers'"),
+        ({"format": FORMAT, "config": "{}", "tiers": "[1, 8]"}, "does not fit its own configuration"),
+        ({"format": FORMAT, "config": "{}", "tiers": "[]"}, "tiers must be one to 4, the last one for all qualities"),
+        ({"format": FORMAT, "config": "{}", "tiers": "[[1, 8], [4, 8]]"}, "tiers must be one to 4, the last one for"),
+        ({"format": FORMAT, "config": "{}", "tiers": "[[5, 4], [1, 8]]"}, "tiers must be one to 4, the last one for"),
+        ({"format": FORMAT, "config": "{}", "tiers": "[[0, 4], [1, 8]]"}, "tiers must be one to 4, the last one for"),
     ],
 )
 def test_other_metadata_is_refused(file_bytes: bytes, metadata: dict[str, str] | None, message: str) -> None:
@@ -121,7 +131,7 @@ def test_channels_whose_weights_are_too_small_for_integers_come_back() -> None:
     layer = model.entropy_parameters.h_s.coarse
     with torch.no_grad():
         layer.weight[0], layer.bias[0] = 1e-7, 2.0**-14  # a bias of one integer beside weights of none
-    loaded = parse_codec(dump_codec(model), "codec").model
+    loaded = parse_codec(dump_codec([TierWeights(1.0, 8.0, model, build_tables())]), "codec").tiers[0].model
     for ours, theirs in zip(
         layer.frozen_integers(), loaded.entropy_parameters.h_s.coarse.frozen_integers(), strict=True
     ):

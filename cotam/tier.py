@@ -1,0 +1,83 @@
+"""A tier of a codec in use: one of its models, for a range of qualities, with the coder of its symbols."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cotam.config import HYPER_STRIDE, Q_STEPS
+from cotam.entropy.rans import RansCoder, RansDecoder, RansError
+from cotam.entropy.tables import Z_ROWS
+from cotam.models.causal import CausalPredictor
+from cotam.models.codec_model import CodecModel
+from cotam.models.integer import ACTIVATION_MAX
+from cotam.models.narrow import narrowed
+from cotam.models.precision import computes_in_bfloat16
+from cotam.weights import TierWeights
+
+QualityIndex = int | NDArray[np.uint8]
+
+
+class Tier:
+    """Everything that depends on which tier an image is coded with.
+
+    Args:
+        weights: of the tier.
+        device: where its networks run.
+
+    Attributes:
+        lowest_quality, highest_quality: its range.
+        whole: the model. models: by number of channels of ``y``, the model cut to them (``cotam.models.narrow``).
+        coder: of symbols, by the tier's tables.
+    """
+
+    def __init__(self, weights: TierWeights, device: torch.device) -> None:
+        model = weights.model
+        widths = {model.config.M, *model.config.M_levels}
+        self.lowest_quality, self.highest_quality, self.whole = weights.lowest_quality, weights.highest_quality, model
+        self.models = {m: model if m == model.config.M else narrowed(model, m) for m in sorted(widths)}
+        for each in self.models.values():
+            each.use_low_precision(device.type == "cpu" and computes_in_bfloat16(device))
+            each.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.coder = RansCoder(weights.tables)
+        self._config = model.config
+        self._z_rows_of_level = model.z_indexes().cpu().numpy().astype(np.uint8) + Z_ROWS
+        self._z_context = CausalPredictor(model.z_context.frozen_integers(), model.config.N_z)
+
+    def covers(self, quality: QualityIndex) -> bool:
+        """Whether all qualities of an image are in its range."""
+        lowest, highest = 1 + np.min(quality) / Q_STEPS, 1 + np.max(quality) / Q_STEPS
+        return bool(self.lowest_quality <= lowest and highest <= self.highest_quality)
+
+    def num_channels(self, quality: QualityIndex) -> int:
+        """Channels of ``y`` of an image: those of its highest quality."""
+        return self._config.num_channels(quality if isinstance(quality, int) else int(quality.max()))
+
+    def model(self, quality: QualityIndex) -> CodecModel:
+        """The model cut to the channels of an image."""
+        return self.models[self.num_channels(quality)]
+
+    def z_rows(self, quality: QualityIndex, h: int, w: int) -> NDArray[np.uint8]:
+        """CDF rows of all z of a latent of h x w, in the order they are coded in: channel, row, column."""
+        return self._rows(_z_levels(quality, h, w))
+
+    def decode_z(self, decoder: RansDecoder, quality: QualityIndex, h: int, w: int) -> NDArray[np.int32]:
+        """The hyper-latent of a latent of h x w, (N_z, hz, wz). Raises RansError."""
+        levels = _z_levels(quality, h, w)
+        residuals = decoder.decode(self._rows(levels)).reshape(-1, *levels.shape)
+        z = self._z_context.restore(residuals, levels)
+        if (np.abs(z) > ACTIVATION_MAX).any():
+            raise RansError("hyper-latent out of range")
+        return z
+
+    def _rows(self, levels: NDArray[np.int64]) -> NDArray[np.uint8]:
+        rows = self._z_rows_of_level[levels]  # (hz, wz, N_z)
+        return np.ascontiguousarray(rows.transpose(2, 0, 1)).ravel()
+
+
+def _z_levels(quality: QualityIndex, h: int, w: int) -> NDArray[np.int64]:
+    """Levels of the z positions of a latent of h x w: (hz, wz)."""
+    q = torch.from_numpy(np.atleast_2d(np.asarray(quality, dtype=np.float32)))[None, None]
+    levels: NDArray[np.int64] = CodecModel.z_levels(q)[0].numpy()
+    return np.ascontiguousarray(np.broadcast_to(levels, (-(-h // HYPER_STRIDE), -(-w // HYPER_STRIDE))))

@@ -1,0 +1,52 @@
+"""What a quality level means: the same fidelity in every tier of a codec."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cotam.config import LATENT_STRIDE, Q_STEPS
+from cotam.models.codec_model import CodecModel
+
+
+@torch.no_grad()
+def match_levels(model: CodecModel, reference: CodecModel, crops: list[Tensor], span: tuple[int, int]) -> None:
+    """Move the gains of ``model`` at whole levels to where its PSNR is that of ``reference``.
+
+    A tier that is trained for some qualities gets better at them, in bits or in PSNR as it happens. A region of a map,
+    which another tier codes, has to look as a uniform image of its quality does; so all of it shall be bits.
+
+    Args:
+        model: frozen; only its gains change.
+        reference: frozen, of the same shape.
+        crops: batches, uint8 (B, 3, S, S).
+        span: lowest and highest quality index that ``model`` is for.
+    """
+    levels = torch.arange(-(-span[0] // Q_STEPS), span[1] // Q_STEPS + 1)
+    if len(levels) < 2:
+        return
+    wanted, found = (_psnr(codec, crops, levels) for codec in (reference, model))
+    # Over levels PSNR is nearly straight.
+    per_level = torch.gradient(found)[0]
+    moved = levels + (wanted - found) / per_level
+    gains = model.gains
+    for table in (gains.log_gain, gains.log_ratio):
+        low = moved.floor().long().clamp(0, len(table) - 2)
+        weight = (moved - low)[:, None]
+        table[levels] = (table[low] * (1 - weight) + table[low + 1] * weight).to(table)
+
+
+@torch.no_grad()
+def _psnr(model: CodecModel, crops: list[Tensor], levels: Tensor) -> Tensor:
+    """Of all pixels of ``crops`` at uniform ``levels`` (from 0), float64 (len(levels),)."""
+    device, side = model.gains.log_gain.device, crops[0].shape[-1] // LATENT_STRIDE
+    errors = []
+    for level in levels.tolist():
+        total = count = 0.0
+        for batch in crops:
+            x = batch.to(device).float().div(255)
+            q = torch.full((len(x), 1, side, side), float(level * Q_STEPS), device=device)
+            total += float((model(x, q).x_hat.clamp(0, 1) - x).square().sum(dtype=torch.float64))
+            count += x.numel()
+        errors.append(total / count)
+    return -10 * torch.tensor(errors, dtype=torch.float64).log10()
