@@ -32,7 +32,7 @@ from cotam.store.fs import split_uri
 FORMAT = "cotam-codec/3"
 # Packaged weights by name: the sha256 of cotam/packaged/{name}.safetensors.
 PACKAGED: dict[str, str] = {
-    "cotam-adapter-tiny": "f7b051cdbdd9326e57af748ad0400ee5e20646190785ffa48f60b8c0e6803a92",
+    "cotam-adapter-tiny": "41ae58ea3289f4e7d2641d7f804fac65bdd532dc98333073b2bee27da4820739",
     "cotam-base": "e662d759d9a8d717436e7f09ea0070014f348269d0fa3a7760043092e4b0539f",
 }
 # Packaged folders by name: the sha256 of the weights in cotam/packaged/{name}.
