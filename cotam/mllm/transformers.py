@@ -30,10 +30,11 @@ def load_transformers(config: MllmConfig, device: str, codec_sha256: str = "") -
     place = config.place if is_hub else str(model_folder(config.place))
     try:
         # No code that comes with a model, and no pickle.
-        options: dict[str, Any] = {"local_files_only": not is_hub, "trust_remote_code": False}
-        options |= {"revision": config.revision} if config.revision else {}
-        processor = AutoProcessor.from_pretrained(place, **options)
-        model: Any = AutoModelForImageTextToText.from_pretrained(place, use_safetensors=True, dtype="auto", **options)
+        source: dict[str, Any] = {"local_files_only": not is_hub, "revision": config.revision or "main"}
+        processor = AutoProcessor.from_pretrained(place, trust_remote_code=False, **source)
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            place, use_safetensors=True, trust_remote_code=False, dtype="auto", **source
+        )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"cannot load MLLM {config.name}: {one_line(error)[:300]}") from error
     tower = ""
