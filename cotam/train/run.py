@@ -18,6 +18,7 @@ import torch.distributed as dist
 import yaml
 from torch import nn
 
+from cotam.bitstream import MAX_TIERS
 from cotam.errors import one_line
 from cotam.importance import Attention
 from cotam.models.codec_model import CodecModel
@@ -81,6 +82,8 @@ def _codec_to_start_from(init: str, config: CodecTrainConfig) -> tuple[CodecMode
             raise ValueError(f"{init} has other lmbdas: a model for some qualities keeps those of the whole codec")
         return loaded.tiers[-1].model.with_lmbdas(config.model.lmbdas), ()
     low, high = _range(config)
+    if len(loaded.tiers) == MAX_TIERS and (low, high) not in [tier.range for tier in loaded.tiers]:
+        raise ValueError(f"{init} has {MAX_TIERS} models already: set qualities to those of one of them")
     nearest = next(t for t in loaded.tiers if t.lowest_quality <= low and high <= t.highest_quality)
     return copy.deepcopy(nearest.model), loaded.tiers  # a copy: the one that it is split off stays
 

@@ -133,6 +133,9 @@ def test_a_range_of_qualities_gets_a_model_of_its_own(config: CodecTrainConfig, 
     strings += [codec.encode(image, quality, np.eye(4), strength) for quality, strength in ((2, 2), (6, 1), (4, 3))]
     assert [unpack(s, 2**20).tier for s in strings] == [0, 0, 1, 1, 0, 1, 2]
     assert [decoded.shape for decoded in codec.decode_batch(strings)] == len(strings) * [image.shape]
+    trained("four", (2.0, 3.0), file("last"))
+    with pytest.raises(ValueError, match="has 4 models already"):
+        trained("five", (2.0, 4.0), file("four"))
     with pytest.raises(ValueError, match="qualities need --init"):
         train_codec(dataclasses.replace(config, qualities=(1.0, 4.25)), tmp_path / "none", "cpu")
     with pytest.raises(ValueError, match="qualities must be the lowest and the highest, within 1 and 8"):
