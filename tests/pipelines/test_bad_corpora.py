@@ -226,6 +226,7 @@ def test_a_full_disk_under_dst_fails_what_does_not_fit(tmp_path: Path, small_dis
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
 def test_a_tar_of_a_hundred_thousand_images_end_to_end(tmp_path: Path) -> None:
     tiny = to_bytes(photograph(0, 16, 16), quality=50)
     body = tiny + bytes(-len(tiny) % 512)
