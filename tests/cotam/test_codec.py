@@ -325,21 +325,6 @@ def test_bitstream_of_another_model_names_both(codec: Codec) -> None:
         codec.decode(pack(stream._replace(model_id=bytes.fromhex("00c0ffee"))))
 
 
-def test_each_image_has_the_most_special_tier_and_no_other_decodes_it(codec: Codec) -> None:
-    ramp = np.tile(np.linspace(0, 1, 8), (8, 1))
-    image = np.ascontiguousarray(skimage.data.coffee()[:128, :128])
-    assert [(tier.lowest_quality, tier.highest_quality) for tier in codec.tiers] == [(1, 3.75), (5, 8), (1, 8)]
-    cases = ((1, 0, 0), (3.75, 0, 0), (4, 0, 2), (5, 0, 1), (8, 0, 1), (2, 2, 0), (6.5, 2, 1), (3.5, 4, 2), (5, 4, 2))
-    for quality, strength, tier in cases:
-        stream = unpack(codec.encode(image, quality, ramp, strength), codec.max_pixels)
-        assert stream.tier == tier
-        for other in {0, 1, 2} - {tier}:
-            with pytest.raises(BitstreamError):
-                codec.decode(pack(stream._replace(tier=other)))
-        with pytest.raises(BitstreamError, match="bitstream has tier 3, the model has 3"):
-            codec.decode(pack(stream._replace(tier=3)))
-
-
 def test_altered_bitstreams_with_a_valid_checksum_are_refused_or_decode(
     codec: Codec, photos: dict[str, RGBImage]
 ) -> None:
