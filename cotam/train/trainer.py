@@ -24,7 +24,7 @@ Log = Callable[[dict[str, Any]], None]
 M = TypeVar("M", bound=nn.Module)
 B = TypeVar("B")
 CHECKPOINT = "checkpoint.pt"
-_CHECKPOINT_VERSION = 3
+_CHECKPOINT_VERSION = 4
 _LONGEST_STEP_S = 30.0  # a step counts for at most so much training time: a suspended machine does not train
 _LOG_S = 10.0
 _SETTINGS = ("factor", "weight_decay", "betas")  # of a group of parameters; the rate is set in every step
