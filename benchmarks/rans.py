@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from cotam.codec import Codec
 from cotam.entropy.rans import RansCoder, Segment
 from cotam.entropy.tables import NUM_SCALES, NUM_SKIPPED_SCALES, PRECISION_BITS, Tables, build_tables, scales
+from cotam.entropy.trellis import coded_segment
 
 _QUALITY = 4.0
 
@@ -69,8 +70,7 @@ def _symbols(weights: str, folder: Path | None, num_symbols: int) -> tuple[NDArr
     segments: list[Segment] = []
     for image in load_images(folder):
         (compressed,) = codec.compress([image], [codec.quality_index(_QUALITY, image, None, 0.0)])
-        coded = compressed.rows >= NUM_SKIPPED_SCALES
-        segments.append((compressed.symbols[coded], compressed.rows[coded]))
+        segments += map(coded_segment, compressed.levels, compressed.rows)
     symbols, rows = (np.concatenate(parts) for parts in zip(*segments, strict=True))
     repeats = -(-num_symbols // len(symbols))
     return np.tile(symbols, repeats), np.tile(rows, repeats), f"latents of photographs at quality {_QUALITY:g}"

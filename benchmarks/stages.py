@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import cotam.codec
+import cotam.models.codec_model
 from cotam.codec import Codec
 from cotam.entropy.rans import RansDecoder
 
@@ -54,8 +55,9 @@ def watch(codec: Codec, clock: Clock = time.perf_counter) -> Stages:
     for tier in codec.tiers:
         stages.wrap("rANS", tier.coder, "encode")
     stages.wrap("rANS", RansDecoder, "decode")
-    stages.wrap("skipping", cotam.codec, "drop_skipped")
-    stages.wrap("skipping", cotam.codec, "restore_skipped")
+    stages.wrap("rANS", cotam.codec, "coded_segment")
+    stages.wrap("rANS", cotam.codec, "decode_levels")
+    stages.wrap("trellis search", cotam.models.codec_model, "quantise")
     stages.wrap("container", cotam.codec, "pack")
     stages.wrap("container", cotam.codec, "unpack")
     return stages

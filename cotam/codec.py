@@ -16,12 +16,11 @@ from cotam.bitstream import MODEL_ID_BYTES, Bitstream, BitstreamError, ModelMism
 from cotam.config import Q_STEPS
 from cotam.entropy.quality_map import decode_quality_map, encode_quality_map
 from cotam.entropy.rans import RansDecoder, RansError
-from cotam.entropy.skip import coded_rows, drop_skipped, restore_skipped
+from cotam.entropy.trellis import coded_segment, decode_levels
 from cotam.grouping import in_groups
 from cotam.image import MAX_PIXELS, RGBImage, check_rgb, latent_size, pad_to_latents, size_problem
 from cotam.importance import DEFAULT_STRENGTH
 from cotam.memory import keep_freed_memory
-from cotam.models.entropy_model import gaussian_bits, scale_of_index
 from cotam.tier import QualityIndex, Tier
 from cotam.weights import LoadedCodec, parse_codec, read_weights
 
@@ -37,8 +36,8 @@ class CompressedImage(NamedTuple):
     """One image between the network and the entropy coder.
 
     width, height: of the image, in pixels. quality_index: int, or uint8 (h, w) for a map. tier: number of the tier. z:
-    int16 (N_z, hz, wz), less its prediction. symbols, rows: int16 and uint8 (2, h, w, m/2), the halves of y relative to
-    its means, and their CDF rows, m being the number of channels of the image's highest quality.
+    int16 (N_z, hz, wz), less its prediction. levels, rows: int16 and uint8 (2, h, w, m/2), the halves of y relative to
+    its means, and their scale indexes, m being the number of channels of the image's highest quality.
     """
 
     width: int
@@ -46,14 +45,14 @@ class CompressedImage(NamedTuple):
     quality_index: QualityIndex
     tier: int
     z: NDArray[np.int16]
-    symbols: NDArray[np.int16]
+    levels: NDArray[np.int16]
     rows: NDArray[np.uint8]
 
 
 class DecompressedImage(NamedTuple):
     """One image between the entropy decoder and the synthesis.
 
-    y_fixed: (2, m/2, h, w), the halves of y_hat: integers in float32, units of 1/MEAN_STEPS of a quantisation step.
+    y_fixed: (2, m/2, h, w), the halves of y_hat: integers in float32, units of 1/MEAN_STEPS.
     """
 
     width: int
@@ -231,11 +230,11 @@ class Codec:
     def pack(self, compressed: CompressedImage) -> bytes:
         """The CPU stage of encoding: entropy coding and the container."""
         q, tier = compressed.quality_index, self.tiers[compressed.tier]
-        h, w = compressed.symbols.shape[1:3]
+        h, w = compressed.levels.shape[1:3]
         segments = [
             (compressed.z.ravel(), tier.z_rows(q, h, w)),
-            drop_skipped(compressed.symbols[0], compressed.rows[0]),
-            drop_skipped(compressed.symbols[1], compressed.rows[1]),
+            coded_segment(compressed.levels[0], compressed.rows[0]),
+            coded_segment(compressed.levels[1], compressed.rows[1]),
         ]
         if isinstance(q, int):
             index, map_code = q, None
@@ -285,9 +284,9 @@ class Codec:
         x = (torch.stack(padded) if len(padded) > 1 else padded[0][None]).to(self.device).permute(0, 3, 1, 2)
         tier = self._tier_of(quality[0])
         latents = self.tiers[tier].model(quality[0]).compress(x, self._q(quality))
-        z, symbols, rows = (t.contiguous().cpu().numpy() for t in latents)
+        z, levels, rows = (t.contiguous().cpu().numpy() for t in latents)
         return [
-            CompressedImage(image.shape[1], image.shape[0], quality[k], tier, z[k], symbols[k], rows[k])
+            CompressedImage(image.shape[1], image.shape[0], quality[k], tier, z[k], levels[k], rows[k])
             for k, image in enumerate(images)
         ]
 
@@ -303,18 +302,18 @@ class Codec:
             z = np.stack([tier.decode_z(d, k, h, w) for d, k in zip(decoders, quality, strict=True)])
             z_hat = torch.from_numpy(z).to(self.device).float()
             hyper, first = model.decompress_first(z_hat, q, h, w)
-            symbols_first = self._decode_half(decoders, first.indexes, executor)
-            y_first = model.y_fixed(symbols_first, first)
+            levels_first = self._decode_half(decoders, first.indexes, executor)
+            y_first = model.y_fixed(levels_first, first)
             second = model.decompress_second(hyper, y_first, q)
-            symbols_second = self._decode_half(decoders, second.indexes, executor)
-            y_second = model.y_fixed(symbols_second, second)
+            levels_second = self._decode_half(decoders, second.indexes, executor)
+            y_second = model.y_fixed(levels_second, second)
             for decoder in decoders:
                 decoder.finish()
         except RansError as error:
             raise BitstreamError(f"bitstream cannot be decoded: {error}") from None
         if bits is not None:
-            for symbols, params in ((symbols_first, first), (symbols_second, second)):
-                bits += gaussian_bits(symbols, scale_of_index(params.indexes)).sum((0, 1)).cpu()
+            for levels, params in ((levels_first, first), (levels_second, second)):
+                bits += model.estimated_bits(levels, params)[0].cpu()
         return [
             DecompressedImage(o.width, o.height, o.quality_index, o.tier, y)
             for o, y in zip(opened, torch.stack([y_first, y_second], dim=1), strict=True)
@@ -323,11 +322,11 @@ class Codec:
     def _decode_half(self, decoders: list[RansDecoder], indexes: Tensor, executor: Executor | None) -> Tensor:
         rows = indexes.permute(0, 2, 3, 1).byte().contiguous().cpu().numpy()
 
-        def decode(k: int) -> NDArray[np.int16]:
-            return restore_skipped(decoders[k].decode(coded_rows(rows[k])), rows[k])
+        def decode(k: int) -> NDArray[np.int32]:
+            return decode_levels(decoders[k], rows[k])
 
-        symbols = np.stack(_map(executor, decode, range(len(decoders))))
-        return torch.from_numpy(symbols).to(self.device).permute(0, 3, 1, 2).float()
+        levels = np.stack(_map(executor, decode, range(len(decoders))))
+        return torch.from_numpy(levels).to(self.device).permute(0, 3, 1, 2).float()
 
     def _reconstruct_group(self, images: list[DecompressedImage]) -> list[RGBImage]:
         y_fixed = torch.stack([i.y_fixed for i in images])

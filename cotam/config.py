@@ -76,6 +76,15 @@ class CodecConfig:
         """How many channels ``y`` has at quality index ``q``: those of the next level that is no lower."""
         return self.M_levels[-(-q // Q_STEPS)] if self.M_levels else self.M
 
+    def with_channels(self, num_channels: int) -> CodecConfig:
+        """The shape of a model that has the first ``num_channels`` channels of ``y`` alone."""
+        levels = tuple(min(m, num_channels) for m in self.M_levels)
+        return dataclasses.replace(self, M=num_channels, M_levels=levels)
+
+    def up_to(self, quality: float) -> CodecConfig:
+        """The shape of a model for no more than ``quality``: with the channels that this has."""
+        return self.with_channels(self.num_channels(round((quality - 1) * Q_STEPS)))
+
 
 def from_mapping(cls: type[T], values: dict[str, Any], where: str = "config") -> T:
     """Build the dataclass ``cls`` from a plain mapping, nested dataclasses included.

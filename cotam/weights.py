@@ -25,15 +25,16 @@ from safetensors.numpy import save as save_safetensors
 from cotam.bitstream import MAX_TIERS
 from cotam.config import CodecConfig, from_mapping
 from cotam.entropy.tables import Tables, check_tables, scales
+from cotam.errors import one_line
 from cotam.models.codec_model import CodecModel
 from cotam.models.integer import IntConv2d
 from cotam.store.fs import split_uri
 
-FORMAT = "cotam-codec/3"
+FORMAT = "cotam-codec/4"
 # Packaged weights by name: the sha256 of cotam/packaged/{name}.safetensors.
 PACKAGED: dict[str, str] = {
     "cotam-adapter-tiny": "41ae58ea3289f4e7d2641d7f804fac65bdd532dc98333073b2bee27da4820739",
-    "cotam-base": "e662d759d9a8d717436e7f09ea0070014f348269d0fa3a7760043092e4b0539f",
+    "cotam-base": "fcc2efa055e60e4016c40e9076472bbe643c0899fe594488aaa8f275a53812d7",
 }
 # Packaged folders by name: the sha256 of the weights in cotam/packaged/{name}.
 PACKAGED_FOLDERS: dict[str, tuple[str, str]] = {
@@ -65,9 +66,9 @@ class TierWeights(NamedTuple):
 
 
 class LoadedCodec(NamedTuple):
-    """The tiers of a codec, of one shape, narrow ranges first, and the sha256 (hex) of the file they came from.
+    """The tiers of a codec, narrow ranges first, and the sha256 (hex) of the file they came from.
 
-    The last tier is for all qualities.
+    The last tier is for all qualities. The others have its shape, but for the channels that their qualities have not.
     """
 
     tiers: tuple[TierWeights, ...]
@@ -75,8 +76,8 @@ class LoadedCodec(NamedTuple):
 
     @property
     def config(self) -> CodecConfig:
-        """The shape of every tier."""
-        return self.tiers[0].model.config
+        """The shape of the last tier."""
+        return self.tiers[-1].model.config
 
 
 def read_weights(name_or_path_or_uri: str) -> bytes:
@@ -135,13 +136,13 @@ def dump_codec(tiers: Sequence[TierWeights]) -> bytes:
         tiers: in the order that an encoder tries them in, the last one for all qualities.
 
     Raises:
-        ValueError: too many tiers, or of different shapes, or none for all qualities; or an integer layer could
-            overflow its accumulator.
+        ValueError: too many tiers, or of unlike shapes, or none for all qualities; or an integer layer could overflow
+            its accumulator.
     """
     config = tiers[-1].model.config
     _check_ranges([tier.range for tier in tiers], config)
-    if any(tier.model.config != config for tier in tiers):
-        raise ValueError("the tiers of a codec must have one shape")
+    if any(tier.model.config != config.up_to(tier.highest_quality) for tier in tiers):
+        raise ValueError("the tiers of a codec must have one shape, cut to the channels of their highest quality")
     arrays: _Arrays = {}
     for k, tier in enumerate(tiers):
         arrays.update({f"{k}.{name}": array for name, array in _tier_arrays(tier).items()})
@@ -203,7 +204,7 @@ def parse_codec(data: bytes, where: str) -> LoadedCodec:
         _check_ranges(ranges, config)
         tiers = tuple(_parse_tier(config, *both, _of_tier(arrays, k)) for k, both in enumerate(ranges))
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{where} does not fit its own configuration: {error}") from None
+        raise ValueError(f"{where} does not fit its own configuration: {one_line(error)[:300]}") from None
     return LoadedCodec(tiers, hashlib.sha256(data).hexdigest())
 
 
@@ -213,7 +214,7 @@ def _of_tier(arrays: _Arrays, k: int) -> _Arrays:
 
 
 def _parse_tier(config: CodecConfig, lowest: float, highest: float, arrays: _Arrays) -> TierWeights:
-    model = CodecModel(config)
+    model = CodecModel(config.up_to(highest))
     tables = Tables(arrays["tables.cdf"], arrays["tables.start"], arrays["tables.radius"])
     check_tables(tables)
     _load_state(model, arrays)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cotam.entropy.compiled import compiled
-from cotam.entropy.rans import RansCoder, RansDecoder, RansError, Segment, decode_segment
+from cotam.entropy.rans import RansCoder, RansDecoder, RansError, Segment, pop_symbol
 from cotam.entropy.tables import GAUSSIAN_ROWS, NUM_SCALES, scales
 
 _STEP_SHIFT = 6
@@ -77,15 +77,13 @@ def _residuals(values):  # type: ignore[no-untyped-def]
 
 @compiled
 def _decode(words, at, states, entries, prefix, values, index):  # type: ignore[no-untyped-def]
-    row, residual = np.empty(1, dtype=np.uint8), np.empty(1, dtype=np.int16)
     lane = 0
     for i in range(values.shape[0]):
         for j in range(values.shape[1]):
             predicted, offset = _predict(values, i, j)
-            row[0] = offset + index
-            at = decode_segment(words, at, states[lane : lane + 1], row, entries, prefix, residual)
+            at, states[lane], residual = pop_symbol(words, at, states[lane], offset + index, entries, prefix)
             lane = (lane + 1) % len(states)
             if at > len(words) - 2:
                 return at
-            values[i, j] = predicted + residual[0]
+            values[i, j] = predicted + residual
     return at

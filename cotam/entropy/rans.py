@@ -91,7 +91,7 @@ class RansDecoder:
         self._states = np.frombuffer(string, dtype="<u4", count=1 << lanes_log2).astype(np.uint32)
         words = np.frombuffer(string, dtype="<u2", offset=4 << lanes_log2).astype(np.uint16)
         self._num_words = len(words)
-        self._words = np.append(words, np.zeros(2, dtype=np.uint16))  # decode_segment looks up to two words ahead
+        self._words = np.append(words, np.zeros(2, dtype=np.uint16))  # symbols look up to two words ahead
         self._position = 0
         if (self._states < _LOW).any():
             raise RansError("entropy-coded substream starts with an impossible state")
@@ -99,7 +99,7 @@ class RansDecoder:
     def decode(self, rows: NDArray[np.uint8]) -> NDArray[np.int16]:
         """The next segment's symbols, int16 (n,), for CDF rows uint8 (n,). Raises RansError at the string's end."""
         symbols = np.empty(len(rows), dtype=np.int16)
-        self._position = decode_segment(
+        self._position = _decode(
             self._words, self._position, self._states, rows, self._coder.entries, self._coder.prefix, symbols
         )
         self._check_position()
@@ -109,7 +109,7 @@ class RansDecoder:
         """Decode symbols whose rows depend on symbols before them. Raises RansError at the string's end.
 
         Args:
-            kernel: ``kernel(words, at, states, entries, prefix, *arguments)`` in numba, which calls ``decode_segment``
+            kernel: ``kernel(words, at, states, entries, prefix, *arguments)`` in numba, which calls ``pop_symbol``
                 and returns its last ``at``, at once when that is past the last word (two are appended).
             arguments: what it writes the symbols to, and the rest that it needs.
         """
@@ -158,33 +158,39 @@ def _encode(symbols, rows, words, at, states, entries, inverse, centre, radius):
 
 
 @compiled
-def decode_segment(words, at, states, rows, entries, prefix, symbols):  # type: ignore[no-untyped-def]
+def pop_symbol(words, at, x, row, entries, prefix):  # type: ignore[no-untyped-def]
+    """Pop one symbol off the state ``x``: the position after its words, the state and the symbol."""
+    slot = x & np.uint32(0xFFFF)
+    k = np.uint64(prefix[row, slot >> np.uint32(PRECISION_BITS - _PREFIX_BITS)])
+    entry = entries[k]
+    offset = slot - np.uint32(entry & np.uint64(0xFFFF))
+    frequency = np.uint32(entry) >> np.uint32(16)
+    while offset >= frequency:
+        k += np.uint64(1)
+        entry = entries[k]
+        offset = slot - np.uint32(entry & np.uint64(0xFFFF))
+        frequency = np.uint32(entry) >> np.uint32(16)
+    x = np.uint32(frequency * (x >> np.uint32(16)) + offset)
+    word = np.uint32(words[np.uint64(at)])
+    empty = x < _LOW
+    at += empty
+    x = (x << np.uint32(16)) | word if empty else x
+    symbol = np.int32(entry >> np.uint64(32))
+    if symbol == _ESCAPE:
+        symbol = np.int32(x & np.uint32(0xFFFF)) - np.int32(32768)
+        x = (x & np.uint32(0xFFFF0000)) | np.uint32(words[np.uint64(at)])
+        at += 1
+    return at, x, symbol
+
+
+@compiled
+def _decode(words, at, states, rows, entries, prefix, symbols):  # type: ignore[no-untyped-def]
     """Pop one segment. Returns the position after its words: past the last word if there were not enough."""
     num_words = len(words) - 2
     last_lane = np.uint64(len(states) - 1)
     for forth in range(len(rows)):
         i = np.uint64(forth)
-        x = states[i & last_lane]
-        slot = x & np.uint32(0xFFFF)
-        k = np.uint64(prefix[rows[i], slot >> np.uint32(PRECISION_BITS - _PREFIX_BITS)])
-        entry = entries[k]
-        offset = slot - np.uint32(entry & np.uint64(0xFFFF))
-        frequency = np.uint32(entry) >> np.uint32(16)
-        while offset >= frequency:
-            k += np.uint64(1)
-            entry = entries[k]
-            offset = slot - np.uint32(entry & np.uint64(0xFFFF))
-            frequency = np.uint32(entry) >> np.uint32(16)
-        x = np.uint32(frequency * (x >> np.uint32(16)) + offset)
-        word = np.uint32(words[np.uint64(at)])
-        empty = x < _LOW
-        at += empty
-        x = (x << np.uint32(16)) | word if empty else x
-        symbol = np.int32(entry >> np.uint64(32))
-        if symbol == _ESCAPE:
-            symbol = np.int32(x & np.uint32(0xFFFF)) - 32768
-            x = (x & np.uint32(0xFFFF0000)) | np.uint32(words[np.uint64(at)])
-            at += 1
+        at, x, symbol = pop_symbol(words, at, states[i & last_lane], rows[i], entries, prefix)
         if at > num_words:
             break
         states[i & last_lane] = x

@@ -1,7 +1,8 @@
-"""Integer CDF tables: three rows per scale, 16 bits, with an escape symbol.
+"""Integer CDF tables: four rows per scale, 16 bits, with an escape symbol.
 
-Rows 0 to NUM_SCALES - 1 are for ``y``, those from Z_ROWS on for the hyper-latent: the distributions that symbols really
-have where the model predicts a scale. Those from GAUSSIAN_ROWS on are zero-mean discretised Gaussians, for maps.
+Rows 0 to NUM_SCALES - 1 are for the symbols of ``y`` in the even levels, NUM_SCALES to 2 NUM_SCALES - 1 in the odd ones
+(cotam.entropy.trellis), those from Z_ROWS on for the hyper-latent: the distributions that symbols really have where the
+model predicts a scale. Those from GAUSSIAN_ROWS on are zero-mean discretised Gaussians, for maps.
 The tables are part of a checkpoint (stored as integers, never recomputed by a decoder), so they cannot differ between
 machines. Row r covers symbols -radius[r] .. radius[r] and, last, the escape symbol, which stands for anything outside.
 """
@@ -15,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 NUM_SCALES = 64
-NUM_SKIPPED_SCALES = 3  # below this index (a deviation of 0.16 steps) an element is 0 and not coded at all
-Z_ROWS = NUM_SCALES  # the first row of the hyper-latent
-GAUSSIAN_ROWS = 2 * NUM_SCALES  # the first row of Gaussians
-NUM_ROWS = 3 * NUM_SCALES
+NUM_SKIPPED_SCALES = 6  # below this index (a deviation of 0.23) an element is 0 and not coded at all
+Z_ROWS = 2 * NUM_SCALES  # the first row of the hyper-latent
+GAUSSIAN_ROWS = 3 * NUM_SCALES  # the first row of Gaussians
+NUM_ROWS = 4 * NUM_SCALES
 COUNTED_MAX = 1279  # five deviations of the largest scale
 SCALE_MIN = 0.11
 SCALE_MAX = 256.0
+LEVEL_STEP = 5 / 8  # how far the levels of y lie apart, in units of its deviation
 PRECISION_BITS = 16
 _TAIL_MASS = 2.0**-15  # mass left to the escape symbol: rare enough to cost nothing, common enough for a frequency
 _PRIOR_COUNT = 64  # pseudo-counts a symbol: the weight of the Gaussian in a fitted row
@@ -41,7 +43,7 @@ class Tables(NamedTuple):
 
 
 def scales() -> NDArray[np.float64]:
-    """The NUM_SCALES standard deviations, log-spaced, in quantisation steps."""
+    """The NUM_SCALES standard deviations, log-spaced, in units of what they are of."""
     return np.exp(np.linspace(math.log(SCALE_MIN), math.log(SCALE_MAX), NUM_SCALES))
 
 
@@ -49,17 +51,18 @@ def build_tables(counts: NDArray[np.int64] | None = None) -> Tables:
     """Build the tables; done once, when a checkpoint is exported.
 
     Args:
-        counts: int (2, NUM_SCALES, 2 COUNTED_MAX + 1), how often each symbol from -COUNTED_MAX to COUNTED_MAX of ``y``
-            and of the hyper-latent was coded under each scale index; None takes Gaussians for them, too. Dead zones
-            and heavy tails make real symbols differ from Gaussians, at the cost of some 2 % of the bits.
+        counts: int (3, NUM_SCALES, 2 COUNTED_MAX + 1), how often each symbol from -COUNTED_MAX to COUNTED_MAX of ``y``,
+            in even and in odd levels, and of the hyper-latent was coded under each scale index; None takes Gaussians
+            for them, too. A search by rate and heavy tails make real symbols differ from them by some 2 % of the bits.
     """
     symbols = np.arange(-COUNTED_MAX, COUNTED_MAX + 1)
-    gaussians = [_gaussian_mass(symbols, scale) for scale in scales()]
-    fitted = 2 * gaussians
+    gaussians = [_mass_between(np.append(symbols, COUNTED_MAX + 1) - 0.5, scale) for scale in scales()]
+    of_levels = [level_mass(symbols, odd, scale / LEVEL_STEP) for odd in (0, 1) for scale in scales()]
+    fitted = [*of_levels, *gaussians]
     if counts is not None:
-        both_signs = (counts + counts[..., ::-1]).reshape(2 * NUM_SCALES, -1)
-        fitted = []
-        for row, gaussian in zip(both_signs, 2 * gaussians, strict=True):
+        both_signs = (counts + counts[..., ::-1]).reshape(Z_ROWS + NUM_SCALES, -1)
+        expected, fitted = fitted, []
+        for row, gaussian in zip(both_signs, expected, strict=True):
             width = 1 + np.count_nonzero(gaussian > 2.0**-PRECISION_BITS)  # a Gaussian fills in what was seldom seen
             fitted.append((row + _PRIOR_COUNT * width * gaussian) / (row.sum() + _PRIOR_COUNT * width))
     rows, radii = [], []
@@ -72,10 +75,21 @@ def build_tables(counts: NDArray[np.int64] | None = None) -> Tables:
     return Tables(np.concatenate(rows).astype(np.uint32), start.astype(np.int32), np.array(radii, dtype=np.int32))
 
 
-def _gaussian_mass(symbols: NDArray[np.int64], scale: float) -> NDArray[np.float64]:
-    """Mass of a zero-mean Gaussian within half a step of each of ``symbols``, which follow each other."""
-    edges = np.append(symbols, symbols[-1] + 1) - 0.5
-    return np.diff([0.5 * math.erfc(-e / (scale * math.sqrt(2))) for e in edges])
+def level_mass(symbols: NDArray[np.int64], odd: int, deviation: float) -> NDArray[np.float64]:
+    """Mass of a zero-mean Gaussian nearest to the level of each of ``symbols``, which follow each other.
+
+    Args:
+        odd: which quantiser, 0 or 1.
+        deviation: of the Gaussian, in steps between levels.
+    """
+    beside = np.concatenate([[symbols[0] - 1], symbols, [symbols[-1] + 1]])
+    levels = 2 * beside - odd * np.sign(beside)
+    return _mass_between((levels[1:] + levels[:-1]) / 2, deviation)
+
+
+def _mass_between(edges: NDArray[np.float64], deviation: float) -> NDArray[np.float64]:
+    """Mass of a zero-mean Gaussian between each of ``edges`` and the next."""
+    return np.diff([0.5 * math.erfc(-e / (deviation * math.sqrt(2))) for e in edges])
 
 
 def _mass_within(mass: NDArray[np.float64]) -> NDArray[np.float64]:

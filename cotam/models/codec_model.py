@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cotam.config import HYPER_STRIDE, LATENT_STRIDE, Q_STEPS, CodecConfig
-from cotam.entropy.rans import SYMBOL_MAX
-from cotam.entropy.tables import NUM_SCALES, NUM_SKIPPED_SCALES, PRECISION_BITS
+from cotam.entropy.tables import LEVEL_STEP
+from cotam.entropy.trellis import MEAN_STEPS, estimated_bits, quantise, reconstruct
 from cotam.models.backbones import backbone
 from cotam.models.entropy_model import (
-    MEAN_STEPS,
     EntropyParameters,
     GaussianParams,
     Hyper,
@@ -32,7 +33,6 @@ from cotam.models.integer import ACTIVATION_MAX, BIAS_UNIT, IntConv2d
 from cotam.models.layers import pad_to_multiple, round_ste
 from cotam.models.tiling import Tile, map_tiles
 
-_DEAD_ZONE_STRENGTH = 0.65  # of the optimal dead zone: all of it zeroes too much, as real residuals have heavier tails
 HYPER_HALO = 4  # h_a reads 1 latent position around, h_s 1 at 1/16 and 1 at 1/32
 CONTEXT_HALO = 1
 
@@ -47,27 +47,21 @@ class ForwardOutput(NamedTuple):
 class Latents(NamedTuple):
     """Quantised latents of a batch.
 
-    z: int16 (B, N_z, hz, wz), less its prediction from the positions before. symbols, indexes: int16 and uint8
-    (B, 2, h, w, M/2), both halves of y relative to its means, and their CDF rows, in the order they are coded in.
+    z: int16 (B, N_z, hz, wz), less its prediction from the positions before. levels, indexes: int16 and uint8
+    (B, 2, h, w, M/2), both halves of y relative to its means, and their scale indexes, in the order they are coded in.
     """
 
     z: Tensor
-    symbols: Tensor
+    levels: Tensor
     indexes: Tensor
 
 
-@functools.cache
-def _rounding_offset() -> Tensor:
-    """What is added to the magnitude of a residual before it is rounded down, for every scale index: (NUM_SCALES,).
+class Quantised(NamedTuple):
+    """Latents as the networks have them, integers in float32: ``z`` less its prediction, and both halves of ``y``."""
 
-    1/2 less a dead zone, rate-distortion optimal between 0 and 1: a squared error of one step is worth 6 / ln 2 bits at
-    the high-rate optimum of a uniform quantiser, and a 1 costs more bits than a 0. Minus infinity: nothing is coded.
-    """
-    scale = scale_of_index(torch.arange(NUM_SCALES, dtype=torch.float64))
-    bits = gaussian_bits(torch.tensor([[0.0], [1.0]], dtype=torch.float64), scale).clamp_max(PRECISION_BITS)
-    offset = 0.5 - _DEAD_ZONE_STRENGTH * (bits[1] - bits[0]) / (2 * 6 / math.log(2))
-    offset[:NUM_SKIPPED_SCALES] = -math.inf
-    return offset.float()
+    z: Tensor
+    levels: tuple[Tensor, Tensor]
+    params: tuple[GaussianParams, GaussianParams]
 
 
 class QualityGains(nn.Module):
@@ -205,8 +199,8 @@ class CodecModel(nn.Module):
     def forward(self, x: Tensor, q: Tensor) -> ForwardOutput:
         """The training pass. ``x`` (B, 3, H, W) in [0, 1] with H and W multiples of 64, ``q`` (B, 1, H/16, W/16).
 
-        While training, rates see uniform noise and everything else straight-through rounding; in evaluation mode all is
-        rounded, so the bits are those of the real symbols.
+        While training, rates see uniform noise and everything else real levels, straight through; in evaluation mode
+        the bits are those of the real symbols, too.
         """
         gain, inverse = self.gains(q)
         y = self.g_a(x).float() * gain
@@ -234,11 +228,16 @@ class CodecModel(nn.Module):
 
     def _code_half(self, y: Tensor, params: GaussianParams, q: Tensor) -> tuple[Tensor, Tensor]:
         """``y_fixed`` (B, M/2, h, w) of one half and its estimated bits (B, h, w)."""
-        symbols = self._symbols(y, params)
         residual = y - params.means / MEAN_STEPS
-        coded = residual + torch.empty_like(y).uniform_(-0.5, 0.5) if self.training else symbols
-        bits = (gaussian_bits(coded, scale_of_index(params.indexes)) * self.entropy_parameters.in_use(q)).sum(1)
-        return self.y_fixed(symbols, params), bits
+        levels = self._levels(residual, params)
+        y_fixed = self.y_fixed(levels, params)
+        if not self.training:
+            return y_fixed, self.estimated_bits(levels, params)
+        # Straight through; of two quantisers, each has every second level.
+        y_fixed = MEAN_STEPS * y + (y_fixed - MEAN_STEPS * y).detach()
+        noisy = residual + torch.empty_like(residual).uniform_(-LEVEL_STEP, LEVEL_STEP)
+        bits = gaussian_bits(noisy, scale_of_index(params.indexes), LEVEL_STEP)
+        return y_fixed, (bits * self.entropy_parameters.in_use(q)).sum(1)
 
     @torch.inference_mode()
     def compress(self, x: Tensor, q: Tensor) -> Latents:
@@ -257,16 +256,24 @@ class CodecModel(nn.Module):
 
         (y,) = map_tiles(analyse, height, width, self.halo)
         (z,) = map_tiles(hyper_analyse, height, width, HYPER_HALO, down=HYPER_STRIDE)
+        return self.pack(self.quantise(y, z, q))
+
+    @staticmethod
+    def pack(quantised: Quantised) -> Latents:
+        """What an encoder codes of ``quantised``."""
+        indexes = [params.indexes for params in quantised.params]
+        levels = _channels_last(quantised.levels, torch.int16)
+        return Latents(quantised.z.short(), levels, _channels_last(indexes, torch.uint8))
+
+    @torch.inference_mode()
+    def quantise(self, y: Tensor, z: Tensor, q: Tensor) -> Quantised:
+        """Both halves of scaled ``y`` (B, M, h, w), given ``z``, which is rounded."""
         y_first, y_second = split_halves(y)
-        hyper, first = self.decompress_first(z, q, height, width)
-        symbols_first = self._symbols(y_first, first)
-        second = self.decompress_second(hyper, self.y_fixed(symbols_first, first), q)
-        symbols_second = self._symbols(y_second, second)
-        return Latents(
-            (z - self.z_prediction(z, q)).short(),
-            _channels_last([symbols_first, symbols_second], torch.int16),
-            _channels_last([first.indexes, second.indexes], torch.uint8),
-        )
+        hyper, first = self.decompress_first(z, q, y.shape[2], y.shape[3])
+        levels_first = self._levels(y_first - first.means / MEAN_STEPS, first)
+        second = self.decompress_second(hyper, self.y_fixed(levels_first, first), q)
+        levels_second = self._levels(y_second - second.means / MEAN_STEPS, second)
+        return Quantised(z - self.z_prediction(z, q), (levels_first, levels_second), (first, second))
 
     @torch.inference_mode()
     def decompress_first(self, z_hat: Tensor, q: Tensor, height: int, width: int) -> tuple[Hyper, GaussianParams]:
@@ -309,25 +316,33 @@ class CodecModel(nn.Module):
         return y_hat
 
     @staticmethod
-    def y_fixed(symbols: Tensor, params: GaussianParams) -> Tensor:
+    def y_fixed(levels: Tensor, params: GaussianParams) -> Tensor:
         """Reconstruction of scaled ``y`` in integer units of 1/MEAN_STEPS, as float32."""
-        return symbols * MEAN_STEPS + params.means
+        return reconstruct(levels) + params.means
 
     @staticmethod
-    def _symbols(y: Tensor, params: GaussianParams) -> Tensor:
-        """``y`` around its means, rounded with a dead zone; straight through for gradients, 0 where not coded."""
-        residual = y - params.means / MEAN_STEPS
-        with torch.no_grad():
-            # An element that is not coded has an infinite dead zone.
-            rows = params.indexes.permute(0, 2, 3, 1).int()
-            threshold = _rounding_offset().to(y.device).index_select(0, rows.flatten())  # half the time of table[rows]
-            threshold = threshold.view(rows.shape).permute(0, 3, 1, 2)
-            magnitude = torch.floor(residual.abs() + threshold).clamp_(0, SYMBOL_MAX)
-            symbols = torch.copysign(magnitude, residual)
-        return residual + (symbols - residual).detach() if residual.requires_grad else symbols
+    @torch.no_grad()
+    def _levels(residual: Tensor, params: GaussianParams) -> Tensor:
+        """Levels of one half, as float32: ``residual`` is ``y`` less its means. Computed on the CPU."""
+        residuals, rows = _as_coded(residual, torch.float32), _as_coded(params.indexes, torch.uint8)
+        levels = torch.from_numpy(quantise(residuals, rows, torch.get_num_threads()))
+        return levels.to(residual.device).permute(0, 3, 1, 2).float()
+
+    @staticmethod
+    @torch.no_grad()
+    def estimated_bits(levels: Tensor, params: GaussianParams) -> Tensor:
+        """Bits (B, h, w) of the ``levels`` of one half by the model's Gaussians."""
+        pairs = zip(_as_coded(levels, torch.int32), _as_coded(params.indexes, torch.uint8), strict=True)
+        return torch.from_numpy(np.stack([estimated_bits(*pair).sum(-1) for pair in pairs])).to(levels.device)
 
 
-def _channels_last(halves: list[Tensor], dtype: torch.dtype) -> Tensor:
+def _as_coded(half: Tensor, dtype: torch.dtype) -> NDArray[Any]:
+    """(B, M/2, h, w) on the CPU in the order that elements are coded in, (B, h, w, M/2)."""
+    array: NDArray[Any] = half.permute(0, 2, 3, 1).to(dtype).contiguous().cpu().numpy()
+    return array
+
+
+def _channels_last(halves: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.stack([half.permute(0, 2, 3, 1).to(dtype) for half in halves], dim=1)
 
 

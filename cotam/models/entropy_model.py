@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from cotam.config import HYPER_STRIDE, CodecConfig
 from cotam.entropy.tables import NUM_SCALES, SCALE_MAX, SCALE_MIN
+from cotam.entropy.trellis import MEAN_STEPS
 from cotam.models.halves import Checkerboard, checkerboard, split_halves, spread_first
 from cotam.models.integer import ACTIVATION_MAX, BIAS_UNIT, IntConv2d
 from cotam.models.layers import pad_to_multiple, round_ste
 
-MEAN_STEPS = 8  # means are integers in units of 1/8 of a quantisation step
 MEAN_MAX = 2**15 - 1
 FEATURE_STEPS = 16  # features are 0 to 8 in steps of 1/16: in whole steps most of them are 0, and hidden layers idle
 COARSE_STEP = 4  # quantisation steps of y in one of the z channels that start as its mean over 4x4 positions
@@ -235,12 +235,12 @@ def scale_of_index(indexes: Tensor) -> Tensor:
     return SCALE_MIN * torch.exp(indexes * _LOG_SCALE_STEP)
 
 
-def gaussian_bits(deviation: Tensor, scale: Tensor) -> Tensor:
-    """Bits to code a value at ``deviation`` from the mean of a unit-step discretised Gaussian of deviation ``scale``.
+def gaussian_bits(deviation: Tensor, scale: Tensor, around: float = 0.5) -> Tensor:
+    """Bits to code a value at ``deviation`` from the mean of a discretised Gaussian of deviation ``scale``.
 
-    Ballé et al. 2018, equation 11 for a Gaussian: -log2 of its mass on [deviation - 1/2, deviation + 1/2].
+    Ballé et al. 2018, equation 11 for a Gaussian: -log2 of its mass on [deviation - around, deviation + around].
     """
     deviation = deviation.abs()
-    upper = torch.special.ndtr((0.5 - deviation) / scale)
-    lower = torch.special.ndtr((-0.5 - deviation) / scale)
+    upper = torch.special.ndtr((around - deviation) / scale)
+    lower = torch.special.ndtr((-around - deviation) / scale)
     return -torch.log2((upper - lower).clamp_min(2.0**-20))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
+import torch
 from torch import Tensor
 
 from cotam.models.codec_model import CodecModel
@@ -16,10 +15,7 @@ def narrowed(model: CodecModel, num_channels: int) -> CodecModel:
     At quality indexes that have no more channels it computes the same integers as ``model``, and less.
     """
     config = model.config
-    levels = tuple(min(m, num_channels) for m in config.M_levels)
-    narrow = CodecModel(dataclasses.replace(config, M=num_channels, M_levels=levels))
-    own = narrow.state_dict()
-    narrow.load_state_dict({name: _cut(t, own[name], config.M) for name, t in model.state_dict().items()})
+    narrow = _with_parameters(model, num_channels)
     modules = dict(model.named_modules())
     for name, module in narrow.named_modules():
         whole = modules[name]
@@ -28,15 +24,37 @@ def narrowed(model: CodecModel, num_channels: int) -> CodecModel:
             like = module.integers()
             pairs = zip(whole.frozen_integers(), like, strict=True)
             module.freeze_as(Integers(*(_cut(t, part, config.M).clone() for t, part in pairs)))
+    kept = narrow.entropy_parameters.squeeze.frozen_integers()
+    constant = _sums_of_absent(model, num_channels)
+    narrow.entropy_parameters.squeeze.freeze_as(kept._replace(bias=kept.bias + constant))
+    return narrow.eval()
+
+
+@torch.no_grad()
+def split_off(model: CodecModel, num_channels: int) -> CodecModel:
+    """As ``narrowed``, to be trained further: its integers are quantised anew, so they are only nearly the same."""
+    narrow = _with_parameters(model, num_channels)
+    squeeze = narrow.entropy_parameters.squeeze
+    scale = model.entropy_parameters.squeeze.frozen_integers().scale
+    squeeze.bias.add_(_sums_of_absent(model, num_channels) * scale / squeeze.units["bias"])
+    return narrow
+
+
+def _with_parameters(model: CodecModel, num_channels: int) -> CodecModel:
+    narrow = CodecModel(model.config.with_channels(num_channels))
+    own = narrow.state_dict()
+    narrow.load_state_dict({name: _cut(t, own[name], model.config.M) for name, t in model.state_dict().items()})
+    return narrow
+
+
+def _sums_of_absent(model: CodecModel, num_channels: int) -> Tensor:
+    """What the other channels, which are zeros, add to the accumulators of ``squeeze``."""
     context, squeeze = model.entropy_parameters.context, model.entropy_parameters.squeeze
     ints = context.frozen_integers()
     absent = (ints.bias * ints.scale).round().clamp(context.low, context.high)  # what layers make of channels of zeros
-    absent.view(-1, config.M)[:, :num_channels] = 0
-    kept = narrow.entropy_parameters.squeeze.frozen_integers()
+    absent.view(-1, model.config.M)[:, :num_channels] = 0
     weight = squeeze.frozen_integers().weight[:, :, 0, 0]
-    constant = (weight * absent).sum(1)  # not a matrix product, which autocast would round
-    narrow.entropy_parameters.squeeze.freeze_as(kept._replace(bias=kept.bias + constant))
-    return narrow.eval()
+    return (weight * absent).sum(1)  # not a matrix product, which autocast would round
 
 
 def _cut(tensor: Tensor, like: Tensor, num_channels: int) -> Tensor:

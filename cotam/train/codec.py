@@ -5,21 +5,23 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cotam.config import LATENT_STRIDE, Q_STEPS
-from cotam.entropy.tables import COUNTED_MAX, NUM_SCALES, Z_ROWS, Tables, build_tables
+from cotam.entropy.rans import Segment
+from cotam.entropy.tables import Tables, build_tables
 from cotam.models.codec_model import CodecModel, interpolated_lmbdas, rate_distortion_loss
 from cotam.train.config import CodecTrainConfig
 from cotam.train.data import crop_loader, eval_crops, random_quality_maps
+from cotam.train.gains import tune_gains
 from cotam.train.levels import match_levels
+from cotam.train.rates import count_symbols, segments_of
 from cotam.train.trainer import Trainer
 
 _KLT_PATCHES = 80_000
@@ -114,18 +116,21 @@ class CodecTrainer(Trainer[CodecModel, Tensor]):
         However often a run was resumed, its weights give the same tables, which are part of a model's identity.
         """
         side = self.config.crop_px // LATENT_STRIDE
-        width = 2 * COUNTED_MAX + 1
-        counts = np.zeros(2 * NUM_SCALES * width, dtype=np.int64)
         maps = torch.Generator().manual_seed(self.config.seed)
         self.ema.freeze()
-        for batch in self._same_crops(self.config.table_crops):
-            q = self._random_maps(len(batch), side, maps)
-            latents = self.ema.compress(batch.to(self.device), q)
-            z_rows = self.ema.z_indexes()[self.ema.z_levels(q)].permute(0, 3, 1, 2) + Z_ROWS
-            for symbols, rows in ((latents.symbols, latents.indexes.long()), (latents.z, z_rows)):
-                cells = rows * width + symbols.long().clamp(-COUNTED_MAX, COUNTED_MAX) + COUNTED_MAX
-                counts += torch.bincount(cells.flatten(), minlength=len(counts)).cpu().numpy()
-        return build_tables(counts.reshape(2, NUM_SCALES, width))
+
+        def segments() -> Iterator[Segment]:
+            for batch in self._same_crops(self.config.table_crops):
+                q = self._random_maps(len(batch), side, maps)
+                yield from segments_of(self.ema, self.ema.compress(batch.to(self.device), q), q)
+
+        return build_tables(count_symbols(segments()))
+
+    def tune_gains(self, say: Callable[[str], None]) -> None:
+        """Mend the averaged model's gains by what they really cost, before levels are matched and tables fitted."""
+        low, high = self._span
+        levels = range(-(-low // Q_STEPS), high // Q_STEPS + 1)
+        tune_gains(self.ema.freeze(), list(self._same_crops(self.config.tuning_crops)), levels, say)
 
     def prepare(self) -> None:
         """The linear paths start at the KLT of training patches."""

@@ -79,7 +79,8 @@ class CodecTrainConfig(Schedule):
         uniform: share of crops that have one quality; the others have maps.
         linear_lr_factor: on the learning rate, for the linear paths, which start at the KLT and are nearly right.
         optimizer: "adamw" or "soap".
-        table_crops: how many crops the CDF tables are fitted to at the end.
+        tuning_crops: how many crops the gains are tuned on at the end (``cotam.train.gains``); 0 leaves them.
+        table_crops: how many crops the CDF tables are fitted to after that.
     """
 
     model: CodecConfig = dataclasses.field(default_factory=CodecConfig)
@@ -89,6 +90,7 @@ class CodecTrainConfig(Schedule):
     uniform: float = 0.5
     linear_lr_factor: float = 0.1
     optimizer: str = "adamw"
+    tuning_crops: int = 40
     table_crops: int = 1024
 
     def __post_init__(self) -> None:

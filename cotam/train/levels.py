@@ -8,10 +8,14 @@ from torch import Tensor
 from cotam.config import LATENT_STRIDE, Q_STEPS
 from cotam.models.codec_model import CodecModel
 
+_SECANT_STEPS = 2
+_DB_PER_LOG_GAIN = 4.0  # about; at high rates it would be 20 / ln 10
+_TRUSTED_STEP = 0.01  # in log gain: what less changes in PSNR is noise
+
 
 @torch.no_grad()
 def match_levels(model: CodecModel, reference: CodecModel, crops: list[Tensor], span: tuple[int, int]) -> None:
-    """Move the gains of ``model`` at whole levels to where its PSNR is that of ``reference``.
+    """Scale the gains of ``model`` at whole levels, all channels alike, so that its PSNR is that of ``reference``.
 
     A tier that is trained for some qualities gets better at them, in bits or in PSNR as it happens. A region of a map,
     which another tier codes, has to look as a uniform image of its quality does; so all of it shall be bits.
@@ -23,17 +27,13 @@ def match_levels(model: CodecModel, reference: CodecModel, crops: list[Tensor], 
         span: lowest and highest quality index that ``model`` is for.
     """
     levels = torch.arange(-(-span[0] // Q_STEPS), span[1] // Q_STEPS + 1)
-    if len(levels) < 2:
-        return
     wanted, found = (_psnr(codec, crops, levels) for codec in (reference, model))
-    # Over levels PSNR is nearly straight.
-    per_level = torch.gradient(found)[0]
-    moved = levels + (wanted - found) / per_level
-    gains = model.gains
-    for table in (gains.log_gain, gains.log_ratio):
-        low = moved.floor().long().clamp(0, len(table) - 2)
-        weight = (moved - low)[:, None]
-        table[levels] = (table[low] * (1 - weight) + table[low + 1] * weight).to(table)
+    log_gain, slope = model.gains.log_gain, torch.full_like(found, _DB_PER_LOG_GAIN)
+    for _ in range(_SECANT_STEPS):
+        step = (wanted - found) / slope
+        log_gain[levels] += step.to(log_gain)[:, None]
+        before, found = found, _psnr(model, crops, levels)
+        slope = torch.where(step.abs() > _TRUSTED_STEP, (found - before) / step, slope)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from cotam.bitstream import MAX_TIERS
 from cotam.errors import one_line
 from cotam.importance import Attention
 from cotam.models.codec_model import CodecModel
+from cotam.models.narrow import split_off
 from cotam.train.config import AdapterTrainConfig, ClipTrainConfig, CodecTrainConfig, Schedule, VlmTrainConfig
 from cotam.train.trainer import Trainer
 from cotam.weights import TierWeights, dump_codec, model_folder, parse_codec, read_weights, with_tier
@@ -57,6 +58,8 @@ def train_codec(config: CodecTrainConfig, out: Path, device: str | None = None, 
         trainer = CodecTrainer(config, out, chosen, start)
         model = _run(trainer, out)
         if trainer.rank == 0:
+            if config.tuning_crops:
+                trainer.tune_gains(lambda line: print(line, file=sys.stderr))
             if others and config.qualities:
                 trainer.match_levels(others[-1].model)
             trained = TierWeights(*_range(config), model, trainer.fitted_tables())
@@ -85,6 +88,9 @@ def _codec_to_start_from(init: str, config: CodecTrainConfig) -> tuple[CodecMode
     if len(loaded.tiers) == MAX_TIERS and (low, high) not in [tier.range for tier in loaded.tiers]:
         raise ValueError(f"{init} has {MAX_TIERS} models already: set qualities to those of one of them")
     nearest = next(t for t in loaded.tiers if t.lowest_quality <= low and high <= t.highest_quality)
+    shape = loaded.config.up_to(high)
+    if shape != nearest.model.config:
+        return split_off(nearest.model, shape.M), loaded.tiers
     return copy.deepcopy(nearest.model), loaded.tiers  # a copy: the one that it is split off stays
 
 

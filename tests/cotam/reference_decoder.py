@@ -32,15 +32,16 @@ class ReferenceDecoder:
         self.every = load(weights)
         header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
         config = json.loads(header["__metadata__"]["config"])
-        self.num_channels, self.num_levels, self.num_z = config["M"], len(config["lmbdas"]), config["N_z"]
+        self.num_levels, self.num_z = len(config["lmbdas"]), config["N_z"]
         self.levels = np.array(config["M_levels"] or [config["M"]] * self.num_levels)
 
     def decode(self, data: bytes) -> Decoded:
         """The integers of one bitstream."""
-        assert data[0] == 3 and zlib.crc32(data[:-4]) == int.from_bytes(data[-4:], "little")
+        assert data[0] == 4 and zlib.crc32(data[:-4]) == int.from_bytes(data[-4:], "little")
         flags, lowest = data[5], data[6]
         tier = f"{flags >> 3}."
         self.arrays = {name.removeprefix(tier): a for name, a in self.every.items() if name.startswith(tier)}
+        self.num_channels = self.arrays["gains.log_gain"].shape[1]
         width, at = _varint(data, 7)
         height, at = _varint(data, at)
         h, w = -(-height // 16), -(-width // 16)
@@ -87,7 +88,7 @@ class ReferenceDecoder:
                     at = c * self.num_levels + levels[i, j]
                     before = weight[at, 0, 0] @ z[c, i, j : j + 3] + weight[at, 0, 1, 0] * z[c, i + 1, j]
                     predicted = _shifted(before + bias[at], exponent[at]).clip(-127, 127)
-                    z[c, i + 1, j + 1] = predicted + rans.symbol(64 + rows[levels[i, j], c])
+                    z[c, i + 1, j + 1] = predicted + rans.symbol(128 + rows[levels[i, j], c])
         return z[:, 1:, 1:-1]
 
     def _half(
@@ -97,13 +98,20 @@ class ReferenceDecoder:
         inputs = np.concatenate([inputs, self._layer(f"{name}.mix", inputs, q)])
         means = self._layer(f"{name}.means", inputs, low=-32767, high=32767) * in_use
         rows = self._layer(f"{name}.indexes", inputs, q, high=63) * in_use
-        symbols = np.zeros_like(means)
+        levels = np.zeros_like(means)
         rans.begin()
+        num_coded, states = 0, [0] * 8
         for i, j in np.ndindex(q.shape):
             for c in range(parity[i, j], self.num_channels, 2):
-                if rows[c, i, j] >= 3:
-                    symbols[c, i, j] = rans.symbol(int(rows[c, i, j]))
-        return 8 * symbols + means + coarse
+                if rows[c, i, j] >= 6:
+                    state = states[num_coded % 8]
+                    odd = (state & 0x79).bit_count() % 2
+                    symbol = rans.symbol(int(rows[c, i, j]) + 64 * odd)
+                    levels[c, i, j] = 2 * symbol - odd * np.sign(symbol)
+                    bit = (symbol + odd + (state & 0xA6).bit_count()) % 2
+                    states[num_coded % 8] = (2 * state + bit) % 256
+                    num_coded += 1
+        return 5 * levels + np.sign(levels) + means + coarse
 
     def _layer(self, name: str, x: Ints, q: Ints | None = None, low: int = 0, high: int = 127) -> Ints:
         weight, bias, gain, exponent = (
@@ -162,13 +170,13 @@ def _quality_map(rans: _Rans, scale: int, h: int, w: int) -> Ints:
     for i, j in np.ndindex(h, w):
         left = k[i, j - 1] if j else 0
         if i == 0:
-            k[i, j] = left + rans.symbol(134 + scale)
+            k[i, j] = left + rans.symbol(198 + scale)
             continue
         above = k[i - 1, j]
         left, corner = (left, k[i - 1, j - 1]) if j else (above, above)
         above_right = k[i - 1, j + 1] if j + 1 < w else above
         is_flat = left == corner == above == above_right
-        k[i, j] = sorted((left, above, left + above - corner))[1] + rans.symbol((128 if is_flat else 134) + scale)
+        k[i, j] = sorted((left, above, left + above - corner))[1] + rans.symbol((192 if is_flat else 198) + scale)
     return k
 
 

@@ -205,7 +205,7 @@ def test_a_model_cut_to_fewer_channels_computes_the_same_integers(codec: Codec, 
             assert not full[:, num_channels // 2 :].any()
 
 
-@pytest.mark.parametrize(("tier", "qualities"), [(0, (1, 3)), (1, (5, 7)), (2, (2, 4, 7))])
+@pytest.mark.parametrize(("tier", "qualities"), [(0, (4,)), (1, (1, 3)), (2, (5, 7)), (3, (2, 4, 7))])
 def test_hidden_layers_neither_idle_nor_clip(
     codec: Codec, photos: dict[str, RGBImage], tier: int, qualities: tuple[int, ...]
 ) -> None:
@@ -228,7 +228,7 @@ def test_hidden_layers_neither_idle_nor_clip(
             y = model.g_a(x).float() * model.gains(q)[0]
             hyper = network.hyper(model.h_a(y).round(), q, *y.shape[2:])
             params = network.first_params(hyper, q)
-            first = model.y_fixed(model._symbols(split_halves(y)[0], params), params)
+            first = model.y_fixed(model._levels(split_halves(y)[0] - params.means / MEAN_STEPS, params), params)
             network.second_params(hyper, first, q)
         assert len(seen) == 9
         for name, out in seen.items():

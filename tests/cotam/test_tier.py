@@ -8,18 +8,31 @@ import skimage.data
 
 from cotam.bitstream import BitstreamError, pack, unpack
 from cotam.codec import Codec
+from cotam.weights import dump_codec, parse_codec, read_weights
 
 
 def test_each_image_has_the_most_special_tier_and_no_other_decodes_it(codec: Codec) -> None:
     ramp = np.tile(np.linspace(0, 1, 8), (8, 1))
     image = np.ascontiguousarray(skimage.data.coffee()[:128, :128])
-    assert [(tier.lowest_quality, tier.highest_quality) for tier in codec.tiers] == [(1, 3.75), (5, 8), (1, 8)]
-    cases = ((1, 0, 0), (3.75, 0, 0), (4, 0, 2), (5, 0, 1), (8, 0, 1), (2, 2, 0), (6.5, 2, 1), (3.5, 4, 2), (5, 4, 2))
+    assert [(tier.lowest_quality, tier.highest_quality) for tier in codec.tiers] == [
+        (3.5, 4),
+        (1, 3.25),
+        (5, 8),
+        (1, 8),
+    ]
+    cases = ((1, 0, 1), (3.25, 0, 1), (3.5, 0, 0), (4, 0, 0), (4.25, 0, 3), (5, 0, 2), (8, 0, 2))
+    cases += ((2, 2, 1), (6.5, 2, 2), (3.5, 4, 3), (5, 4, 3))
     for quality, strength, tier in cases:
         stream = unpack(codec.encode(image, quality, ramp, strength), codec.max_pixels)
         assert stream.tier == tier
-        for other in {0, 1, 2} - {tier}:
+        for other in {0, 1, 2, 3} - {tier}:
             with pytest.raises(BitstreamError):
                 codec.decode(pack(stream._replace(tier=other)))
-        with pytest.raises(BitstreamError, match="bitstream has tier 3, the model has 3"):
-            codec.decode(pack(stream._replace(tier=3)))
+
+
+def test_a_tier_that_a_codec_has_not_is_refused() -> None:
+    weights = parse_codec(read_weights("cotam-base"), "packaged").tiers[-1]
+    codec = Codec(parse_codec(dump_codec([weights]), "one tier"))
+    stream = unpack(codec.encode(np.zeros((64, 64, 3), np.uint8)), codec.max_pixels)
+    with pytest.raises(BitstreamError, match="bitstream has tier 1, the model has 1"):
+        codec.decode(pack(stream._replace(tier=1)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import struct
 import subprocess
 import sys
@@ -20,12 +21,16 @@ from torch import Tensor
 from cotam.bitstream import unpack
 from cotam.codec import Codec
 from cotam.config import Q_STEPS, CodecConfig, load_yaml
+from cotam.entropy.rans import RansCoder
+from cotam.entropy.tables import COUNTED_MAX, build_tables
 from cotam.image import RGBImage
 from cotam.models.codec_model import CodecModel
 from cotam.train import codec as trainer_module
 from cotam.train.codec import CodecTrainer
 from cotam.train.config import CodecTrainConfig, DataConfig
+from cotam.train.gains import RealCost, tune_gains
 from cotam.train.levels import _psnr, match_levels
+from cotam.train.rates import code_length, count_symbols, segments_of
 from cotam.train.run import train_codec
 from cotam.weights import TierWeights, parse_codec, read_weights
 from tests.corpus import photograph, to_bytes, write_tar, write_webdataset
@@ -56,7 +61,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CodecTrainConfig:
         num_workers=0,
     )
     return CodecTrainConfig(
-        model=SMALL, data=data, crop_px=64, batch_size=4, max_steps=4, max_minutes=0, table_crops=64
+        model=SMALL, data=data, crop_px=64, batch_size=4, max_steps=4, max_minutes=0, tuning_crops=4, table_crops=64
     )
 
 
@@ -123,6 +128,7 @@ def test_a_range_of_qualities_gets_a_model_of_its_own(config: CodecTrainConfig, 
     assert _same(upper[1], whole) and not _same(upper[0], whole)
     three = trained("three", (1.0, 4.25), file("upper"))
     assert [tier.range for tier in three] == [(1, 4.25), (4.5, 8), (1, 8)]
+    assert [tier.model.config.M for tier in three] == [16, 32, 32]
     assert _same(three[1], upper[0]) and _same(three[2], whole) and not _same(three[0], whole)
     last = trained("last", (), file("three"))
     assert [tier.range for tier in last] == [tier.range for tier in three]
@@ -145,7 +151,7 @@ def test_a_range_of_qualities_gets_a_model_of_its_own(config: CodecTrainConfig, 
 def test_levels_of_a_tier_are_as_faithful_as_those_beside_it(photos: dict[str, RGBImage]) -> None:
     """A model of the same rate-distortion whose levels lie elsewhere gets them back; those out of its range stay."""
     reference, model = (parse_codec(read_weights("cotam-base"), "packaged").tiers[-1].model for _ in range(2))
-    crops = [torch.from_numpy(photos["astronaut"][:128, k : k + 128].copy()).permute(2, 0, 1)[None] for k in (0, 128)]
+    crops = [torch.from_numpy(photos[name]).permute(2, 0, 1)[None, :, :192, :192] for name in ("astronaut", "chelsea")]
     tables = model.gains.log_gain, model.gains.log_ratio
     before = [table.detach().clone() for table in tables]
     with torch.no_grad():
@@ -234,7 +240,7 @@ def test_estimated_bits_are_those_of_the_bitstream(codec: Codec, photos: dict[st
     for quality in (4, 7):
         q = torch.full((1, 1, x.shape[2] // 16, x.shape[3] // 16), (quality - 1.0) * Q_STEPS)
         with torch.no_grad():
-            estimate = float(codec.tiers[2 if quality == 4 else 1].whole(x, q).bits.sum())
+            estimate = float(codec.tiers[codec._tier_of(int(q[0, 0, 0, 0]))].whole(x, q).bits.sum())
         string = unpack(codec.encode(image, quality), codec.max_pixels).string
         # Estimates are of Gaussians, the tables are fitted to what real symbols are.
         assert 0.95 * estimate < 8 * len(string) < estimate
@@ -303,3 +309,43 @@ def test_other_quality_levels_start_between_those_that_were_trained(codec: Codec
         torch.testing.assert_close((gain, inverse), tuple(t * in_use for t in old.gains(middle)))
         mixed = between.z_context.weight.unflatten(0, (-1, levels))[:, k]
         torch.testing.assert_close(mixed, (filters[:, k] + filters[:, k + 1]) / 2)
+
+
+def test_tuned_gains_take_fewer_real_bits_at_equal_psnr(photos: dict[str, RGBImage]) -> None:
+    """Gains of one group that were made worse come back, as far as bits and PSNR go."""
+    model = parse_codec(read_weights("cotam-base"), "packaged").tiers[-1].model.freeze()
+    crops = [torch.from_numpy(photos[name]).permute(2, 0, 1)[None, :, :192, :192] for name in ("astronaut", "chelsea")]
+    image = photos["coffee"]
+
+    def cost() -> tuple[float, float]:
+        cost = RealCost(model, [torch.from_numpy(image).permute(2, 0, 1)[None, :, :176, :256]], 5 * Q_STEPS)()
+        return cost.bits, -10 * math.log10(float(cost.mse))
+
+    with torch.no_grad():
+        model.gains.log_gain[5, 3:32] -= 0.5
+    others = model.gains.log_gain[[3, 4, 6]].clone()
+    worse = cost()
+    lines: list[str] = []
+    tune_gains(model, crops, range(5, 6), lines.append)
+    better = cost()
+    assert better[0] * math.exp(-0.2 * (better[1] - worse[1])) < 0.99 * worse[0]  # some 0.2 of the logarithm for a dB
+    assert len(lines) == 1 and lines[0].startswith("gains of quality 6: ")
+    assert torch.equal(model.gains.log_gain[[3, 4, 6]], others)
+
+
+def test_rates_are_those_of_the_coder(photos: dict[str, RGBImage]) -> None:
+    """Counts of symbols and lengths of codes, on latents of a photograph, beside the entropy coder's own bytes."""
+    model = parse_codec(read_weights("cotam-base"), "packaged").tiers[-1].model.freeze()
+    x, q = torch.from_numpy(photos["astronaut"]).permute(2, 0, 1)[None], torch.full((1, 1, 1, 1), 20.0)
+    segments = segments_of(model, model.compress(x, q), q)
+    counts = count_symbols(segments)
+    assert counts.sum() == sum(len(symbols) for symbols, _ in segments)
+    for symbols, rows in segments:
+        for symbol, row in ((0, rows.max()), (1, rows.min())):
+            assert (
+                counts.reshape(-1, counts.shape[-1])[row, COUNTED_MAX + symbol]
+                >= (symbols[rows == row] == symbol).sum()
+            )
+    tables = build_tables(counts)
+    num_bytes = len(RansCoder(tables).encode(segments)[0])
+    assert 0 < 8 * num_bytes - code_length(segments, tables) < 0.01 * 8 * num_bytes

@@ -60,7 +60,7 @@ def _change(name: str, value: int) -> Callable[[Arrays], None]:
         (lambda a: a.pop("0.g_a.linear.weight"), "does not fit its own configuration.*g_a.linear.weight"),
         (lambda a: a.pop("0.tables.cdf"), "does not fit its own configuration.*tables.cdf"),
         (_with(**{"0.g_a.linear.weight": np.zeros((2, 3), np.float16)}), "does not fit its own configuration"),
-        (_with(**{"0.tables.start": np.zeros(193, np.int32)}), "CDF tables"),
+        (_with(**{"0.tables.start": np.zeros(257, np.int32)}), "CDF tables"),
         (_change("0.tables.cdf", 5), "CDF tables"),
         (_change("0.entropy_parameters.first.mix.weight", -128), "not in normal form"),
         (_change("0.entropy_parameters.first.mix.bias", 2**30), "overflow"),

@@ -1,0 +1,45 @@
+"""Real rates of latents: their symbols, CDF tables fitted to them, and the length of their code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cotam.entropy.rans import Segment
+from cotam.entropy.tables import COUNTED_MAX, NUM_SCALES, PRECISION_BITS, Z_ROWS, Tables
+from cotam.entropy.trellis import coded_segment
+from cotam.models.codec_model import CodecModel, Latents
+
+_WIDTH = 2 * COUNTED_MAX + 1
+
+
+def segments_of(model: CodecModel, latents: Latents, q: Tensor) -> list[Segment]:
+    """Symbols and CDF rows of the ``latents`` of a batch under ``q``."""
+    z, levels, indexes = (t.cpu().numpy() for t in latents)
+    z_rows = (model.z_indexes()[model.z_levels(q)].permute(0, 3, 1, 2) + Z_ROWS).expand_as(latents.z)
+    halves = zip(levels.reshape(-1, *levels.shape[2:]), indexes.reshape(-1, *indexes.shape[2:]), strict=True)
+    return [*(coded_segment(*half) for half in halves), (z.ravel(), z_rows.cpu().numpy().astype(np.uint8).ravel())]
+
+
+def count_symbols(segments: Iterable[Segment]) -> NDArray[np.int64]:
+    """How often each symbol was coded under each CDF row, as ``build_tables`` takes it."""
+    counts = np.zeros((Z_ROWS + NUM_SCALES) * _WIDTH, dtype=np.int64)
+    for symbols, rows in segments:
+        cells = rows.astype(np.int64) * _WIDTH + symbols.clip(-COUNTED_MAX, COUNTED_MAX) + COUNTED_MAX
+        counts += np.bincount(cells, minlength=len(counts))
+    return counts.reshape(-1, NUM_SCALES, _WIDTH)
+
+
+def code_length(segments: Iterable[Segment], tables: Tables) -> float:
+    """Bits that the symbols take under ``tables``, a symbol without an entry costing the escape and 16 bits."""
+    bits = 0.0
+    for symbols, rows in segments:
+        values, radius = symbols.astype(np.int64), tables.radius[rows].astype(np.int64)
+        escaped = np.abs(values) > radius
+        entry = tables.start[rows] + np.where(escaped, 2 * radius + 1, values + radius)
+        frequency = tables.cdf[entry + 1].astype(np.int64) - tables.cdf[entry]
+        bits += float((PRECISION_BITS - np.log2(frequency)).sum() + 16 * escaped.sum())
+    return bits
