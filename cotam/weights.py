@@ -33,7 +33,7 @@ from cotam.store.fs import split_uri
 FORMAT = "cotam-codec/4"
 # Packaged weights by name: the sha256 of cotam/packaged/{name}.safetensors.
 PACKAGED: dict[str, str] = {
-    "cotam-adapter-tiny": "41ae58ea3289f4e7d2641d7f804fac65bdd532dc98333073b2bee27da4820739",
+    "cotam-adapter-tiny": "0a30451be5d4b42adfc65ee2076634cceca7e05413c0a7175066cd05abda1834",
     "cotam-base": "fcc2efa055e60e4016c40e9076472bbe643c0899fe594488aaa8f275a53812d7",
 }
 # Packaged folders by name: the sha256 of the weights in cotam/packaged/{name}.

@@ -23,6 +23,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -101,6 +102,9 @@ def quantise(residuals: NDArray[np.float32], rows: NDArray[np.uint8], num_thread
 @functools.cache
 def _threads(number: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(number, thread_name_prefix="trellis")
+
+
+os.register_at_fork(after_in_child=_threads.cache_clear)  # threads stay behind
 
 
 def coded_segment(levels: NDArray[Any], rows: NDArray[np.uint8]) -> Segment:
