@@ -33,7 +33,8 @@ def match_levels(model: CodecModel, reference: CodecModel, crops: list[Tensor], 
         step = (wanted - found) / slope
         log_gain[levels] += step.to(log_gain)[:, None]
         before, found = found, _psnr(model, crops, levels)
-        slope = torch.where(step.abs() > _TRUSTED_STEP, (found - before) / step, slope)
+        measured = ((found - before) / step).clamp(_DB_PER_LOG_GAIN / 2, 2 * _DB_PER_LOG_GAIN)
+        slope = torch.where(step.abs() > _TRUSTED_STEP, measured, slope)
 
 
 @torch.no_grad()

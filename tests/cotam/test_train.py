@@ -156,13 +156,13 @@ def test_levels_of_a_tier_are_as_faithful_as_those_beside_it(photos: dict[str, R
     before = [table.detach().clone() for table in tables]
     with torch.no_grad():
         for table, old in zip(tables, before, strict=True):
-            table[3:7] = 0.8 * old[3:7] + 0.2 * old[4:8]
+            table[3:7] = 0.6 * old[3:7] + 0.4 * old[4:8]
 
     def psnrs(codec: CodecModel) -> Tensor:
         return _psnr(codec, crops, torch.arange(3, 7))
 
     off = (psnrs(model) - psnrs(reference)).abs()
-    assert off.min() > 0.2
+    assert off.min() > 0.5
     match_levels(model, reference, crops, (3 * Q_STEPS, 6 * Q_STEPS + 2))
     assert ((psnrs(model) - psnrs(reference)).abs() < 0.25 * off).all()
     for table, old in zip(tables, before, strict=True):
