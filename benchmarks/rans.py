@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 
 from cotam.codec import Codec
 from cotam.entropy.rans import RansCoder, Segment
-from cotam.entropy.tables import NUM_SCALES, NUM_SKIPPED_SCALES, PRECISION_BITS, Tables, build_tables, scales
+from cotam.entropy.tables import NUM_SCALES, NUM_SKIPPED_SCALES, Tables, build_tables, scales
 from cotam.entropy.trellis import coded_segment
+from cotam.train.rates import code_length
 
 _QUALITY = 4.0
 
@@ -99,8 +100,8 @@ def _compare(
         }.items():
             seconds.setdefault(name, []).append(_cpu_seconds(run))
 
-    entropy = _entropy_bits(tables, symbols, rows)
-    entropy_few = _entropy_bits(tables, symbols[:num_compressai], rows[:num_compressai])
+    entropy = code_length([(symbols, rows)], tables)
+    entropy_few = code_length([(symbols[:num_compressai], rows[:num_compressai])], tables)
     return {
         "entropy_bits_per_symbol": entropy / len(symbols),
         "cotam": {
@@ -120,15 +121,6 @@ def _cpu_seconds(run: Callable[[], object]) -> float:
     start = time.thread_time()
     run()
     return time.thread_time() - start
-
-
-def _entropy_bits(tables: Tables, symbols: NDArray[np.int16], rows: NDArray[np.uint8]) -> float:
-    """Ideal code length under the tables, a symbol without an entry costing the escape and 16 bits."""
-    values, radius = symbols.astype(np.int64), tables.radius[rows].astype(np.int64)
-    escaped = np.abs(values) > radius
-    entry = tables.start[rows] + np.where(escaped, 2 * radius + 1, values + radius)
-    frequency = tables.cdf[entry + 1].astype(np.int64) - tables.cdf[entry]
-    return float((PRECISION_BITS - np.log2(frequency)).sum() + 16 * escaped.sum())
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from cotam.models.layers import pad_to_multiple, round_ste
 
 MEAN_MAX = 2**15 - 1
 FEATURE_STEPS = 16  # features are 0 to 8 in steps of 1/16: in whole steps most of them are 0, and hidden layers idle
-COARSE_STEP = 4  # quantisation steps of y in one of the z channels that start as its mean over 4x4 positions
+COARSE_STEP = 4  # units of y in one of the z channels that start as its mean over 4x4 positions
 NUM_COARSE = 16  # how many do; y's channels start in the order of their energy
 COARSE_VIEW = 16  # the context sees y_hat twice: fine to +-16 steps, 16 times coarser to +-254
 _LOG_SCALE_STEP = math.log(SCALE_MAX / SCALE_MIN) / (NUM_SCALES - 1)
@@ -226,12 +226,12 @@ def per_position(table: Tensor, q: Tensor) -> Tensor:
 
 
 def index_of_scale(scale: Tensor) -> Tensor:
-    """Fractional scale index of a standard deviation in quantisation steps, clipped to the tables."""
+    """Fractional scale index of a standard deviation, clipped to the tables."""
     return ((scale / SCALE_MIN).log() / _LOG_SCALE_STEP).clamp(0, NUM_SCALES - 1)
 
 
 def scale_of_index(indexes: Tensor) -> Tensor:
-    """Standard deviation that a (possibly fractional) scale index stands for, in quantisation steps."""
+    """Standard deviation that a (possibly fractional) scale index stands for."""
     return SCALE_MIN * torch.exp(indexes * _LOG_SCALE_STEP)
 
 

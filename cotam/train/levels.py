@@ -22,7 +22,7 @@ def match_levels(model: CodecModel, reference: CodecModel, crops: list[Tensor], 
 
     Args:
         model: frozen; only its gains change.
-        reference: frozen, of the same shape.
+        reference: frozen; it may have more channels.
         crops: batches, uint8 (B, 3, S, S).
         span: lowest and highest quality index that ``model`` is for.
     """
