@@ -83,7 +83,7 @@ class Codec:
         max_pixels: larger images are refused, in encoding and in decoding.
 
     Attributes:
-        config: the shape of its last model. tiers: its models, the most special first. sha256, model_id: of the weights.
+        config: the shape of its last model. tiers: its models, the most special first. sha256, model_id: of its file.
     """
 
     def __init__(self, loaded: LoadedCodec, device: str = "cpu", max_pixels: int = MAX_PIXELS) -> None:
