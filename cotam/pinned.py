@@ -16,7 +16,10 @@ def load_codec(model: str, sha256: str, device: str, max_pixels: int) -> Codec:
     """Load a codec. Raises ValueError where its file is not the one of that sha256 (hex; empty: any)."""
     codec = Codec.load(model, device, max_pixels)
     if sha256 and codec.sha256 != sha256:
-        raise ValueError(f"{model} differs from the weights that this run started with, or that its bitstreams are of")
+        raise ValueError(
+            f"{model} differs from the weights that this run started with, or that its bitstreams are of: "
+            "use those, or the version of cotam that has them"
+        )
     return codec
 
 
