@@ -19,6 +19,7 @@ from cotam.codec import Codec
 from cotam.config import CodecConfig
 from cotam.entropy.tables import build_tables
 from cotam.models.codec_model import CodecModel
+from cotam.pinned import load_codec
 from cotam.weights import FORMAT, TierWeights, dump_codec, parse_codec, read_weights
 
 Arrays = dict[str, NDArray[Any]]
@@ -136,3 +137,8 @@ def test_channels_whose_weights_are_too_small_for_integers_come_back() -> None:
         layer.frozen_integers(), loaded.entropy_parameters.h_s.coarse.frozen_integers(), strict=True
     ):
         assert torch.equal(ours, theirs)
+
+
+def test_a_store_of_other_weights_says_what_to_do() -> None:
+    with pytest.raises(ValueError, match="cotam-base differs from the weights .* use those, or the version of cotam"):
+        load_codec("cotam-base", "0" * 64, "cpu", 2**20)
