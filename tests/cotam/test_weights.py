@@ -140,5 +140,5 @@ def test_channels_whose_weights_are_too_small_for_integers_come_back() -> None:
 
 
 def test_a_store_of_other_weights_says_what_to_do() -> None:
-    with pytest.raises(ValueError, match="cotam-base differs from the weights .* use those, or the version of cotam"):
+    with pytest.raises(ValueError, match=r"cotam-base differs from the weights .* use those, or the version of cotam"):
         load_codec("cotam-base", "0" * 64, "cpu", 2**20)
