@@ -33,6 +33,7 @@ from cotam.store.tars import (
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes", "content")
+_IMAGE_LISTS = ("images", "image")  # nothing else is taken for one: lists of bytes may be anything
 _KEY_COLUMNS = ("key", "__key__", "id", "image_id", "filename", "file_name", "path")
 _FILES_AHEAD = 16
 _MAX_MEAN_BYTES_AHEAD = 2**23  # of the files of a partition that is read ahead
@@ -132,18 +133,20 @@ def parquet_metadata(source: str) -> pq.FileMetaData:
 
 
 def image_column(schema: pa.Schema, wanted: str | None = None) -> str:
-    """The column that holds images: binary, or a struct with a binary field ``bytes``.
+    """The column that holds images: binary, or a struct with a binary field ``bytes``, or lists of either.
 
     Raises:
         ValueError: there is none, or not the one that is wanted.
     """
-
-    fits = image_columns(schema)
-    if wanted in fits:
+    fits, lists = ([f.name for f in schema if holds(f.type)] for holds in (_holds_images, _holds_image_lists))
+    if wanted is not None and wanted in (*fits, *lists):
         return wanted
     if wanted is None:
         for name in (*_IMAGE_COLUMNS, *(fits if len(fits) == 1 else ())):
             if name in fits:
+                return name
+        for name in _IMAGE_LISTS:
+            if name in lists and not fits:
                 return name
         if fits:
             raise ValueError(
@@ -152,14 +155,19 @@ def image_column(schema: pa.Schema, wanted: str | None = None) -> str:
     columns = ", ".join(f"{field.name} {str(field.type)[:60]}" for field in list(schema)[:_MAX_SHOWN_COLUMNS])
     asked = "no column" if wanted is None else f"column {wanted!r} is none that"
     raise ValueError(
-        f"{asked} holds the bytes of one image a row (binary, or a struct with bytes, as Hugging Face's): {columns};"
-        " images behind URLs have to be downloaded, lists of images unnested first"
+        f"{asked} holds the bytes of images (binary, a struct with bytes, as Hugging Face's, or lists of them):"
+        f" {columns}; images behind URLs have to be downloaded first"
     )
 
 
 def image_columns(schema: pa.Schema) -> list[str]:
     """The columns that may hold images."""
-    return [field.name for field in schema if _holds_images(field.type)]
+    return [f.name for f in schema if _holds_images(f.type) or (f.name in _IMAGE_LISTS and _holds_image_lists(f.type))]
+
+
+def _holds_image_lists(kind: pa.DataType) -> bool:
+    tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_list_view, pa.types.is_large_list_view)
+    return any(test(kind) for test in tests) and _holds_images(kind.value_type)
 
 
 def _holds_images(kind: pa.DataType) -> bool:
@@ -280,13 +288,14 @@ def _read_parquet(partition: Partition) -> Iterator[Sample | Reject]:
             raise ValueError(f"{source} has no column {column!r} any more")
         if end > metadata.num_row_groups:
             raise ValueError(f"{source} has {metadata.num_row_groups} row groups, fewer than when it was listed")
+        batch_rows = 1 if _holds_image_lists(schema.field(column).type) else _PARQUET_BATCH_ROWS
         row = sum(metadata.row_group(k).num_rows for k in range(first))
         stem, folders = PurePosixPath(source).stem, hive_columns(source)
         for k in range(first, end):
             last = row + metadata.row_group(k).num_rows
             try:
-                for values, problem in _rows(parquet, k):
-                    yield _parquet_item({**folders, **values}, problem, source, column, keys, f"{stem}-{row:09d}")
+                for values, problem in _rows(parquet, k, batch_rows):
+                    yield from _parquet_items({**folders, **values}, problem, source, column, keys, f"{stem}-{row:09d}")
                     row += 1
                 reason = "fewer rows than its footer says"
             except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
@@ -301,9 +310,9 @@ def _read_parquet(partition: Partition) -> Iterator[Sample | Reject]:
             row = last
 
 
-def _rows(parquet: pq.ParquetFile, row_group: int) -> Iterator[tuple[dict[str, Any], str | None]]:
+def _rows(parquet: pq.ParquetFile, row_group: int, batch_rows: int) -> Iterator[tuple[dict[str, Any], str | None]]:
     """The rows of a row group; of one with values that Python cannot have, as text that is no UTF-8, the others."""
-    for batch in parquet.iter_batches(batch_size=_PARQUET_BATCH_ROWS, row_groups=[row_group]):
+    for batch in parquet.iter_batches(batch_size=batch_rows, row_groups=[row_group]):
         batch = _without_extensions(batch)
         try:
             for values in batch.to_pylist():
@@ -332,11 +341,26 @@ def _without_extensions(batch: pa.RecordBatch) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
-def _parquet_item(
+def _parquet_items(
     values: dict[str, Any], problem: str | None, source: str, column: str, keys: str | None, default_key: str
-) -> Sample | Reject:
+) -> Iterator[Sample | Reject]:
+    """The images of a row: one, or where the column has lists several, with the same members.
+
+    Those of a list have the row's key with -0, -1, ... behind it, or the names that they have themselves.
+    """
     key = values.pop(keys, None) if keys is not None else None
-    image = values.pop(column, None)
+    content = values.pop(column, None)
+    if not isinstance(content, list):
+        yield _parquet_item(content, key, values, problem, source, column, default_key)
+        return
+    for k, image in enumerate(content or [None]):  # a row without any is a reject
+        in_row = None if key is None or key == "" else f"{key}-{k}"
+        yield _parquet_item(image, in_row, values, problem, source, column, f"{default_key}-{k}")
+
+
+def _parquet_item(
+    image: Any, key: Any, members: dict[str, Any], problem: str | None, source: str, column: str, default_key: str
+) -> Sample | Reject:
     if isinstance(image, dict) and isinstance(image.get("path"), str):  # as Hugging Face's datasets have it
         key = image["path"] if key is None else key
     key = default_key if key is None or key == "" else str(key)
@@ -346,7 +370,7 @@ def _parquet_item(
     if image is None or problem is not None:
         problem = problem or f"no image in column {column}"
         return Reject(key=key, source=source, stage="read", error=problem, image=image)
-    return Sample(key=key, source=source, image=image, members=values)
+    return Sample(key=key, source=source, image=image, members=members)
 
 
 @contextmanager

@@ -235,7 +235,7 @@ def test_footers_are_read_many_at_a_time_and_partitions_stay_in_order(
         ("empty", "no tar, Parquet or image file"),
         ("file.bin", "neither a tar nor a Parquet file"),
         ("wrong.parquet", "wrong.parquet"),
-        ("text.parquet", "no column holds the bytes of one image a row.*text string"),
+        ("text.parquet", "no column holds the bytes of images.*text string"),
     ],
 )
 def test_nothing_to_read_is_said_clearly(tmp_path: Path, name: str, message: str) -> None:

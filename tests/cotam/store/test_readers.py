@@ -6,6 +6,7 @@ import io
 import os
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from cotam.store.fs import Root
 from cotam.store.partitions import Partition
-from cotam.store.readers import image_column, member_types, parquet_metadata, read_partition
+from cotam.store.readers import image_column, image_columns, member_types, parquet_metadata, read_partition
 from cotam.store.schema import Reject, Row, Sample
 from cotam.store.shard import ShardWriter, read_rows
 from cotam.store.source_file import SourceFile
@@ -64,6 +65,46 @@ def test_names_of_hugging_face_files_are_keys(tmp_path: Path) -> None:
     assert [s.key for s in samples] == ["dog_001.jpg", "a-000000001"] and not rejects
     pq.write_table(pa.table({"image": images, "id": ["x", "y"]}), tmp_path / "b.parquet")
     assert [s.key for s in split(parquet(tmp_path / "b.parquet"))[0]] == ["x", "y"]
+
+
+@pytest.mark.parametrize("as_list", [pa.list_, pa.large_list])
+@pytest.mark.parametrize("as_struct", [True, False], ids=["structs", "bytes"])
+def test_each_image_of_a_list_is_a_sample(as_list: Callable[..., pa.DataType], as_struct: bool, tmp_path: Path) -> None:
+    """As in datasets of conversations about several images."""
+    lists = [[JPEG, None, JPEG], [JPEG], [], None]
+    images = [row and [{"bytes": image, "path": None} if as_struct else image for image in row] for row in lists]
+    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    kind = struct if as_struct else pa.binary()
+    table = pa.table({"images": pa.array(images, as_list(kind)), "id": ["x", "y", "z", ""], "text": list("abcd")})
+    pq.write_table(table, tmp_path / "a.parquet")
+    samples, rejects = split(parquet(tmp_path / "a.parquet"))
+    assert [(s.key, s.image, s.members) for s in samples] == [
+        ("x-0", JPEG, {"text": "a"}),
+        ("x-2", JPEG, {"text": "a"}),
+        ("y-0", JPEG, {"text": "b"}),
+    ]
+    assert [r.key for r in rejects] == ["x-1", "z-0", "a-000000003"]
+    assert {r.error for r in rejects} == {"no image in column images"}
+    pq.write_table(table.drop_columns("id"), tmp_path / "b.parquet")
+    keys = [s.key for s in split(parquet(tmp_path / "b.parquet"))[0]]
+    assert keys == ["b-000000000-0", "b-000000000-2", "b-000000001-0"]
+    named = pa.array([[{"bytes": JPEG, "path": "p.jpg"}, {"bytes": JPEG, "path": None}]], as_list(struct))
+    pq.write_table(pa.table({"images": named}), tmp_path / "c.parquet")
+    assert [s.key for s in split(parquet(tmp_path / "c.parquet"))[0]] == ["p.jpg", "c-000000000-1"]
+
+
+def test_a_list_is_taken_for_images_by_its_name_and_where_nothing_else_is() -> None:
+    one, several = pa.binary(), pa.list_(pa.binary())
+    for fields, expected in (
+        ({"photo": one, "hashes": several}, "photo"),
+        ({"images": several, "jpg": one}, "jpg"),
+        ({"images": several, "hashes": several}, "images"),
+    ):
+        assert image_column(pa.schema(list(fields.items()))) == expected
+    hashes = pa.schema([("hashes", several)])
+    assert image_column(hashes, "hashes") == "hashes" and not image_columns(hashes)
+    with pytest.raises(ValueError, match="no column holds the bytes of images"):
+        image_column(hashes)
 
 
 def test_columns_of_keys_and_what_folders_say_of_rows(tmp_path: Path) -> None:
