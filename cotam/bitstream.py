@@ -2,7 +2,7 @@
 
 version      1 byte
 model id     4 bytes, the start of the weights' sha256
-flags        1 byte: bits 0-1 log2 of the rANS lanes, bit 2 a quality map follows, bits 3-4 the tier, others 0
+flags        1 byte: bits 0-1 log2 of the rANS lanes, bit 2 a quality map follows, bits 3-5 the tier, others 0
 quality      1 byte, the quality index of a uniform map, or the lowest of a map
 width, height   varints
 map code     1 byte, only with a quality map
@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 from cotam.image import MAX_SIDE_PX, size_problem
 
-VERSION = 4
+VERSION = 5
 MODEL_ID_BYTES = 4
-MAX_TIERS = 4
+MAX_TIERS = 8
 _HAS_MAP = 4
 _TIER_SHIFT = 3
 _FIXED_BYTES = 1 + MODEL_ID_BYTES + 1 + 1

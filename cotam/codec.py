@@ -354,6 +354,8 @@ class Codec:
                 quality = decode_quality_map(stream.quality_index, stream.map_code, decoder, *size, num_q)
         except RansError as error:
             raise BitstreamError(f"bitstream cannot be decoded: {error}") from None
+        if not self.tiers[stream.tier].covers(quality):
+            raise BitstreamError(f"bitstream has a quality that its tier, {stream.tier}, is not for")
         return _Opened(stream.width, stream.height, quality, stream.tier, decoder)
 
     def _q(self, quality: list[QualityIndex]) -> Tensor:

@@ -27,15 +27,15 @@ class Tier:
         device: where its networks run.
 
     Attributes:
-        lowest_quality, highest_quality: its range.
+        lowest_quality, highest_quality: its range. No image has others, and so no other numbers of channels.
         whole: the model. models: by number of channels of ``y``, the model cut to them (``cotam.models.narrow``).
         coder: of symbols, by the tier's tables.
     """
 
     def __init__(self, weights: TierWeights, device: torch.device) -> None:
         model = weights.model
-        widths = {model.config.M, *model.config.M_levels}
         self.lowest_quality, self.highest_quality, self.whole = weights.lowest_quality, weights.highest_quality, model
+        widths = {model.config.num_channels(q) for q in range(model.config.num_q) if self.covers(q)}
         self.models = {m: model if m == model.config.M else narrowed(model, m) for m in sorted(widths)}
         for each in self.models.values():
             each.use_low_precision(device.type == "cpu" and computes_in_bfloat16(device))

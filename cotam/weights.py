@@ -23,18 +23,18 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from cotam.bitstream import MAX_TIERS
-from cotam.config import CodecConfig, from_mapping
+from cotam.config import Q_STEPS, CodecConfig, from_mapping
 from cotam.entropy.tables import Tables, check_tables, scales
 from cotam.errors import one_line
 from cotam.models.codec_model import CodecModel
 from cotam.models.integer import IntConv2d
 from cotam.store.fs import split_uri
 
-FORMAT = "cotam-codec/4"
+FORMAT = "cotam-codec/5"
 # Packaged weights by name: the sha256 of cotam/packaged/{name}.safetensors.
 PACKAGED: dict[str, str] = {
-    "cotam-adapter-tiny": "0a30451be5d4b42adfc65ee2076634cceca7e05413c0a7175066cd05abda1834",
-    "cotam-base": "fcc2efa055e60e4016c40e9076472bbe643c0899fe594488aaa8f275a53812d7",
+    "cotam-adapter-tiny": "2613e661414b284afa4fcc167e00dda760c859a82be5228ace8a34982bb7ea30",
+    "cotam-base": "984e660e0796028215c833e4423c647f62cd08f4a5a90b8daa50da81214d374e",
 }
 # Packaged folders by name: the sha256 of the weights in cotam/packaged/{name}.
 PACKAGED_FOLDERS: dict[str, tuple[str, str]] = {
@@ -158,8 +158,9 @@ def dump_codec(tiers: Sequence[TierWeights]) -> bytes:
 def _check_ranges(ranges: list[tuple[float, float]], config: CodecConfig) -> None:
     whole = (1, config.num_levels)
     inside = all(whole[0] <= low <= high <= whole[1] for low, high in ranges)
+    inside = inside and all(Q_STEPS * quality == int(Q_STEPS * quality) for both in ranges for quality in both)
     if not 1 <= len(ranges) <= MAX_TIERS or not inside or ranges[-1] != whole:
-        raise ValueError(f"tiers must be one to {MAX_TIERS}, the last one for all qualities {whole}: {ranges}")
+        raise ValueError(f"tiers must be one to {MAX_TIERS}, from quarter to quarter, the last one {whole}: {ranges}")
 
 
 def _tier_arrays(tier: TierWeights) -> _Arrays:
@@ -252,6 +253,8 @@ def _load_state(model: CodecModel, arrays: _Arrays) -> None:
             array = np.log(scales())[arrays["z_indexes"]].astype(np.float32)
         else:
             array = arrays[name].astype(np.float32)
+            if not np.isfinite(array).all():
+                raise ValueError(f"{name} has values that are no numbers")
         state[name] = torch.from_numpy(np.ascontiguousarray(array))
     model.load_state_dict(state)
 

@@ -37,7 +37,7 @@ class ReferenceDecoder:
 
     def decode(self, data: bytes) -> Decoded:
         """The integers of one bitstream."""
-        assert data[0] == 4 and zlib.crc32(data[:-4]) == int.from_bytes(data[-4:], "little")
+        assert data[0] == 5 and zlib.crc32(data[:-4]) == int.from_bytes(data[-4:], "little")
         flags, lowest = data[5], data[6]
         tier = f"{flags >> 3}."
         self.arrays = {name.removeprefix(tier): a for name, a in self.every.items() if name.startswith(tier)}
@@ -105,11 +105,11 @@ class ReferenceDecoder:
             for c in range(parity[i, j], self.num_channels, 2):
                 if rows[c, i, j] >= 6:
                     state = states[num_coded % 8]
-                    odd = (state & 0x79).bit_count() % 2
+                    odd = (state & 0x71).bit_count() % 2
                     symbol = rans.symbol(int(rows[c, i, j]) + 64 * odd)
                     levels[c, i, j] = 2 * symbol - odd * np.sign(symbol)
-                    bit = (symbol + odd + (state & 0xA6).bit_count()) % 2
-                    states[num_coded % 8] = (2 * state + bit) % 256
+                    bit = (symbol + odd + (state & 0x107).bit_count()) % 2
+                    states[num_coded % 8] = (2 * state + bit) % 512
                     num_coded += 1
         return 5 * levels + np.sign(levels) + means + coarse
 

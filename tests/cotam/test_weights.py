@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def _with(**changes: NDArray[Any]) -> Callable[[Arrays], None]:
     return lambda arrays: arrays.update(changes)
 
 
-def _change(name: str, value: int) -> Callable[[Arrays], None]:
+def _change(name: str, value: float) -> Callable[[Arrays], None]:
     def change(arrays: Arrays) -> None:
         arrays[name].flat[0] = value
 
@@ -66,6 +67,7 @@ def _change(name: str, value: int) -> Callable[[Arrays], None]:
         (_change("0.entropy_parameters.first.mix.weight", -128), "not in normal form"),
         (_change("0.entropy_parameters.first.mix.bias", 2**30), "overflow"),
         (_change("0.entropy_parameters.first.mix.exponent", 100), "overflow"),
+        (_change("0.g_a.linear.weight", math.nan), "does not fit its own configuration.*no numbers"),
         (_change("0.z_indexes", 64), "does not fit its own configuration"),
     ],
 )
@@ -92,10 +94,10 @@ def test_tampered_arrays_are_refused(file_bytes: bytes, alter: Callable[[Arrays]
         ({"format": FORMAT, "config": '{"M": 64}', "tiers": "[[1, 8]]"}, "does not fit its own configuration"),
         ({"format": FORMAT, "config": "{}"}, "does not fit its own configuration: 'tiers'"),
         ({"format": FORMAT, "config": "{}", "tiers": "[1, 8]"}, "does not fit its own configuration"),
-        ({"format": FORMAT, "config": "{}", "tiers": "[]"}, "tiers must be one to 4, the last one for all qualities"),
-        ({"format": FORMAT, "config": "{}", "tiers": "[[1, 8], [4, 8]]"}, "tiers must be one to 4, the last one for"),
-        ({"format": FORMAT, "config": "{}", "tiers": "[[5, 4], [1, 8]]"}, "tiers must be one to 4, the last one for"),
-        ({"format": FORMAT, "config": "{}", "tiers": "[[0, 4], [1, 8]]"}, "tiers must be one to 4, the last one for"),
+        ({"format": FORMAT, "config": "{}", "tiers": "[]"}, "tiers must be one to 8"),
+        ({"format": FORMAT, "config": "{}", "tiers": "[[1, 8], [4, 8]]"}, "tiers must be one to 8"),
+        ({"format": FORMAT, "config": "{}", "tiers": "[[5, 4], [1, 8]]"}, "tiers must be one to 8"),
+        ({"format": FORMAT, "config": "{}", "tiers": "[[0, 4], [1, 8]]"}, "tiers must be one to 8"),
     ],
 )
 def test_other_metadata_is_refused(file_bytes: bytes, metadata: dict[str, str] | None, message: str) -> None:

@@ -71,27 +71,42 @@ def test_any_symbols_decode_to_levels_that_a_decoder_can_hold() -> None:
     assert decode_levels(CODER.decoder(string, lanes_log2), rows).tolist() == [-2 * SYMBOL_MAX] * 3
 
 
-def test_the_search_finds_the_cheapest_of_all_symbols() -> None:
+@pytest.mark.parametrize(
+    ("num_steps", "largest_row", "spread"), [(2100, 30, 1), (2100, 9, 12)], ids=["as in images", "dear symbols"]
+)
+def test_the_search_finds_the_cheapest_of_all_symbols(num_steps: int, largest_row: int, spread: float) -> None:
+    """Over more symbols than a block of the search has, and where every symbol costs nearly as much as one can."""
     rng = np.random.default_rng(0)
-    rows = rng.integers(NUM_SKIPPED_SCALES, 30, NUM_PATHS * 24).astype(np.uint8)
-    residuals = (rng.standard_normal(len(rows)) * scales()[rows]).clip(-3, 3).astype(np.float32)
+    rows = rng.integers(NUM_SKIPPED_SCALES, largest_row, NUM_PATHS * num_steps).astype(np.uint8)
+    residuals = (spread * rng.standard_normal(len(rows)) * scales()[rows]).astype(np.float32)
     levels = quantise(residuals[None], rows[None])[0]
-    for path in range(2):
-        of_path = slice(path, None, NUM_PATHS)
-        cheapest = {0: 0.0}  # the total of the best way to each state
-        for residual, row in zip(residuals[of_path].tolist(), rows[of_path].tolist(), strict=True):
-            before, cheapest = cheapest, {}
-            for state, total in before.items():
-                for symbol in range(-3, 4):
-                    after = int(FOLLOWING[state, symbol & 1])
-                    cost = total + _cost(residual, row, symbol, int(ODD[state]))
-                    cheapest[after] = min(cost, cheapest.get(after, math.inf))
-        state, found = 0, 0.0
-        for residual, row, level in zip(residuals[of_path], rows[of_path], levels[of_path].tolist(), strict=True):
-            symbol = (level + int(ODD[state]) * int(np.sign(level))) // 2
-            found += _cost(float(residual), int(row), symbol, int(ODD[state]))
-            state = FOLLOWING[state, symbol & 1]
-        assert math.isclose(found, min(cheapest.values()), rel_tol=1e-4)
+    of_path = slice(3, None, NUM_PATHS)
+    totals = np.full(len(ODD), np.inf)  # of the best way to each state
+    totals[0] = 0
+    state, found = 0, 0.0
+    for residual, row, level in zip(residuals[of_path], rows[of_path].tolist(), levels[of_path].tolist(), strict=True):
+        before, totals = totals, np.full(len(ODD), np.inf)
+        nearest = round(float(residual) / (2 * LEVEL_STEP))
+        for symbol in {0, *range(nearest - 2, nearest + 3)}:
+            costs = np.array([_cost(float(residual), row, symbol, odd) for odd in (0, 1)])
+            np.minimum.at(totals, FOLLOWING[:, symbol & 1], before + costs[ODD])
+        symbol = (level + int(ODD[state]) * int(np.sign(level))) // 2
+        found += _cost(float(residual), row, symbol, int(ODD[state]))
+        state = FOLLOWING[state, symbol & 1]
+    assert math.isclose(found, totals.min(), rel_tol=1e-3)
+
+
+def test_totals_of_the_search_fit_in_16_bits() -> None:
+    """No cost is cut off, and what totals can grow to between two resets stays below 2^15; NaN costs no more."""
+    residuals = np.concatenate([np.linspace(0, 40, 20_001), [1e30, np.inf, np.nan]]).astype(np.float32)
+    best, choices = (np.zeros((4, trellis._BLOCK_STEPS), np.int16) for _ in range(2))
+    for row in range(NUM_SKIPPED_SCALES, NUM_SCALES):
+        rows = np.full(len(residuals), row, np.uint8)
+        for where in np.array_split(np.arange(len(residuals)), 10):
+            trellis._choose(residuals, rows, *trellis._costs(), where, best, choices)
+            assert best.min() >= 0 and best.max() < trellis._LARGEST_COST
+    assert trellis._RESET_STEPS < trellis._STATE_BITS
+    assert 2 * trellis._STATE_BITS * trellis._LARGEST_COST < 2**15
 
 
 @functools.cache
@@ -144,7 +159,7 @@ def test_estimated_bits_are_those_of_tables_of_gaussians() -> None:
 
 def test_the_machine_is_pinned() -> None:
     """It is part of the format: the levels of a string of symbols that are all 1, by the rule in docs/format.md."""
-    levels = np.repeat([2, 1, 2, 2, 1, 1, 1, 2, 1, 2, 2, 2, 2, 2, 2, 2], NUM_PATHS)
+    levels = np.repeat([2, 1, 1, 2, 1, 1, 1, 2, 2, 1, 1, 1, 2, 2, 1, 1, 2, 2], NUM_PATHS)
     symbols, rows = coded_segment(levels, np.full(len(levels), 20, np.uint8))
     assert (symbols == 1).all()
     np.testing.assert_array_equal(rows, 20 + NUM_SCALES * (2 - levels))
