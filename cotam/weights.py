@@ -33,8 +33,8 @@ from cotam.store.fs import split_uri
 FORMAT = "cotam-codec/5"
 # Packaged weights by name: the sha256 of cotam/packaged/{name}.safetensors.
 PACKAGED: dict[str, str] = {
-    "cotam-adapter-tiny": "2613e661414b284afa4fcc167e00dda760c859a82be5228ace8a34982bb7ea30",
-    "cotam-base": "984e660e0796028215c833e4423c647f62cd08f4a5a90b8daa50da81214d374e",
+    "cotam-adapter-tiny": "aa1a129ad63ff9b7d05f833a9f4f6a63e395de72b026e5af1324b712374c3811",
+    "cotam-base": "7da03f3474e74c70377fe2dc81501830311efd9673a02234ca8728b7c4506d61",
 }
 # Packaged folders by name: the sha256 of the weights in cotam/packaged/{name}.
 PACKAGED_FOLDERS: dict[str, tuple[str, str]] = {
