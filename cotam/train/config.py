@@ -79,8 +79,8 @@ class CodecTrainConfig(Schedule):
         uniform: share of crops that have one quality; the others have maps.
         linear_lr_factor: on the learning rate, for the linear paths, which start at the KLT and are nearly right.
         optimizer: "adamw" or "soap".
-        tuning_crops: how many crops the gains are tuned on at the end (``cotam.train.gains``), with 160 some 2 minutes
-            for each level on a CPU core; 0 leaves them.
+        tuning_crops: how many crops the gains are tuned on at the end (``cotam.train.gains``), with 160 one to
+            three minutes for each level on a CPU core; 0 leaves them.
         table_crops: how many crops the CDF tables are fitted to after that.
     """
 

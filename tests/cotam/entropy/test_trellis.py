@@ -72,10 +72,14 @@ def test_any_symbols_decode_to_levels_that_a_decoder_can_hold() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_steps", "largest_row", "spread"), [(2100, 30, 1), (2100, 9, 12)], ids=["as in images", "dear symbols"]
+    ("num_steps", "largest_row", "spread", "off"),
+    [(2000, 30, 1, 1e-4), (2000, 9, 12, 1e-4), (2100, 30, 1, 1e-3), (2100, 9, 12, 1e-3)],
+    ids=["as in images", "dear symbols", "as in images, two blocks", "dear symbols, two blocks"],
 )
-def test_the_search_finds_the_cheapest_of_all_symbols(num_steps: int, largest_row: int, spread: float) -> None:
-    """Over more symbols than a block of the search has, and where every symbol costs nearly as much as one can."""
+def test_the_search_finds_the_cheapest_of_all_symbols(
+    num_steps: int, largest_row: int, spread: float, off: float
+) -> None:
+    """Also where every symbol costs nearly as much as one can. Between blocks, where it decides, a little is lost."""
     rng = np.random.default_rng(0)
     rows = rng.integers(NUM_SKIPPED_SCALES, largest_row, NUM_PATHS * num_steps).astype(np.uint8)
     residuals = (spread * rng.standard_normal(len(rows)) * scales()[rows]).astype(np.float32)
@@ -93,7 +97,7 @@ def test_the_search_finds_the_cheapest_of_all_symbols(num_steps: int, largest_ro
         symbol = (level + int(ODD[state]) * int(np.sign(level))) // 2
         found += _cost(float(residual), row, symbol, int(ODD[state]))
         state = FOLLOWING[state, symbol & 1]
-    assert math.isclose(found, totals.min(), rel_tol=1e-3)
+    assert math.isclose(found, totals.min(), rel_tol=off)
 
 
 def test_totals_of_the_search_fit_in_16_bits() -> None:
