@@ -10,7 +10,7 @@ machines. Row r covers symbols -radius[r] .. radius[r] and, last, the escape sym
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,6 +98,16 @@ def _mass_within(mass: NDArray[np.float64]) -> NDArray[np.float64]:
     pairs[0] /= 2
     within: NDArray[np.float64] = np.cumsum(pairs)
     return within
+
+
+def code_lengths(symbols: NDArray[Any], rows: NDArray[np.uint8], tables: Tables) -> NDArray[np.float64]:
+    """Bits of each of ``symbols`` in its CDF row; one without an entry costs the escape and 16 bits."""
+    values, radius = symbols.astype(np.int64), tables.radius[rows].astype(np.int64)
+    escaped = np.abs(values) > radius
+    entry = tables.start[rows] + np.where(escaped, 2 * radius + 1, values + radius)
+    frequency = tables.cdf[entry + 1].astype(np.int64) - tables.cdf[entry]
+    bits: NDArray[np.float64] = PRECISION_BITS - np.log2(frequency) + 16 * escaped
+    return bits
 
 
 def check_tables(tables: Tables) -> None:

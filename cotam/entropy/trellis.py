@@ -70,7 +70,7 @@ ODD = _parity(_STATES, _QUANTISER_TAPS).astype(np.uint8)  # which quantiser a st
 _BITS = _parity(_STATES, _SUBSET_TAPS)[:, None] ^ ODD[:, None] ^ np.arange(2)
 FOLLOWING = (2 * _STATES[:, None] + _BITS) % NUM_STATES  # (NUM_STATES, 2): the next state by k mod 2
 # The same for the kernels, flat: the bit above the next state is its quantiser.
-_NEXT = (FOLLOWING + NUM_STATES * ODD[FOLLOWING]).astype(np.uint16).ravel()
+_NEXT = (FOLLOWING + NUM_STATES * ODD[FOLLOWING].astype(np.int64)).astype(np.uint16).ravel()
 # The levels n fall into four subsets, n mod 4, with 0 in 0 and in 3: (NUM_STATES,), the one with which a 0 goes in.
 # The one two further goes with a 1; and in the state _HALF further, the other way round.
 _SUBSET = (ODD + 2 * (_BITS[:, 0] ^ ODD)).astype(np.uint8)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cotam.config import HYPER_STRIDE, LATENT_STRIDE, Q_STEPS, CodecConfig
 from cotam.entropy.tables import LEVEL_STEP
 from cotam.entropy.trellis import MEAN_STEPS, estimated_bits, quantise, reconstruct
+from cotam.models.averages import SearchAverages
 from cotam.models.backbones import backbone
 from cotam.models.entropy_model import (
     EntropyParameters,
@@ -32,6 +33,7 @@ from cotam.models.halves import merge_halves, split_halves
 from cotam.models.integer import ACTIVATION_MAX, BIAS_UNIT, IntConv2d
 from cotam.models.layers import pad_to_multiple, round_ste
 from cotam.models.tiling import Tile, map_tiles
+from cotam.models.transfer import to_host
 
 HYPER_HALO = 4  # h_a reads 1 latent position around, h_s 1 at 1/16 and 1 at 1/32
 CONTEXT_HALO = 1
@@ -196,47 +198,54 @@ class CodecModel(nn.Module):
         """Scale indexes of z, int64 (L, N_z)."""
         return index_of_scale(self.z_log_scale.exp()).round().long()
 
-    def forward(self, x: Tensor, q: Tensor) -> ForwardOutput:
+    def forward(self, x: Tensor, q: Tensor, averages: SearchAverages | None = None) -> ForwardOutput:
         """The training pass. ``x`` (B, 3, H, W) in [0, 1] with H and W multiples of 64, ``q`` (B, 1, H/16, W/16).
 
-        While training, rates see uniform noise and everything else real levels, straight through; in evaluation mode
-        the bits are those of the real symbols, too.
+        With ``averages`` levels are drawn as the search has them, and their bits and reconstructions have the slopes of
+        its means; the hyper-latent's bits see uniform noise. Without, levels are the search's own and bits theirs.
         """
         gain, inverse = self.gains(q)
         y = self.g_a(x).float() * gain
         z = self.h_a(y).float()
         with torch.autocast(x.device.type, enabled=False):  # integers and rates need all of float32
-            y_hat, bits = self._code(y, z, q)
+            y_hat, bits = self._code(y, z, q, averages)
         return ForwardOutput(self.g_s(y_hat * inverse), bits)
 
-    def _code(self, y: Tensor, z: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    def _code(self, y: Tensor, z: Tensor, q: Tensor, averages: SearchAverages | None) -> tuple[Tensor, Tensor]:
         """Quantised ``y_hat`` (B, M, h, w) and the estimated bits (B, h, w) of scaled ``y`` and ``z``."""
         z_hat = round_ste(z)
         z_scale = self.z_log_scale[self.z_levels(q)].permute(0, 3, 1, 2).exp()
-        noisy = z + torch.empty_like(z).uniform_(-0.5, 0.5) if self.training else z_hat
+        noisy = z + torch.empty_like(z).uniform_(-0.5, 0.5) if averages is not None else z_hat
         z_bits = gaussian_bits(noisy - self.z_prediction(z_hat, q), z_scale).sum(1, keepdim=True)
 
         hyper = self.entropy_parameters.hyper(z_hat, q, y.shape[2], y.shape[3])
         y_first, y_second = split_halves(y)
         params = self.entropy_parameters.first_params(hyper, q)
-        first, first_bits = self._code_half(y_first, params, q)
-        second, second_bits = self._code_half(y_second, self.entropy_parameters.second_params(hyper, first, q), q)
+        first, first_bits = self._code_half(y_first, params, q, averages)
+        params = self.entropy_parameters.second_params(hyper, first, q)
+        second, second_bits = self._code_half(y_second, params, q, averages)
         y_hat = merge_halves(first, second) / MEAN_STEPS
 
         spread = F.interpolate(z_bits / HYPER_STRIDE**2, scale_factor=HYPER_STRIDE)[:, 0]
         return y_hat, first_bits + second_bits + spread
 
-    def _code_half(self, y: Tensor, params: GaussianParams, q: Tensor) -> tuple[Tensor, Tensor]:
+    def _code_half(
+        self, y: Tensor, params: GaussianParams, q: Tensor, averages: SearchAverages | None
+    ) -> tuple[Tensor, Tensor]:
         """``y_fixed`` (B, M/2, h, w) of one half and its estimated bits (B, h, w)."""
         residual = y - params.means / MEAN_STEPS
-        levels = self._levels(residual, params)
-        y_fixed = self.y_fixed(levels, params)
-        if not self.training:
-            return y_fixed, self.estimated_bits(levels, params)
-        # Straight through; of two quantisers, each has every second level.
-        y_fixed = MEAN_STEPS * y + (y_fixed - MEAN_STEPS * y).detach()
+        if averages is None:
+            levels = self._levels(residual, params)
+            return self.y_fixed(levels, params), self.estimated_bits(levels, params)
+        y_fixed = self.y_fixed(averages.draw(residual, params.indexes), params)
+        mean = params.means + MEAN_STEPS * averages.mean_reconstruction(residual, params.indexes)
+        y_fixed = mean + (y_fixed - mean).detach()
+        # Scale indexes, and what is larger than was measured, learn from noise and Gaussians; two quantisers share the
+        # levels, so each has every second one.
         noisy = residual + torch.empty_like(residual).uniform_(-LEVEL_STEP, LEVEL_STEP)
-        bits = gaussian_bits(noisy, scale_of_index(params.indexes), LEVEL_STEP)
+        noisy = noisy.where(averages.beyond(residual, params.indexes), noisy.detach())
+        by_gaussians = gaussian_bits(noisy, scale_of_index(params.indexes), LEVEL_STEP)
+        bits = averages.mean_bits(residual, params.indexes) + by_gaussians - by_gaussians.detach()
         return y_fixed, (bits * self.entropy_parameters.in_use(q)).sum(1)
 
     @torch.inference_mode()
@@ -338,8 +347,7 @@ class CodecModel(nn.Module):
 
 def _as_coded(half: Tensor, dtype: torch.dtype) -> NDArray[Any]:
     """(B, M/2, h, w) on the CPU in the order that elements are coded in, (B, h, w, M/2)."""
-    array: NDArray[Any] = half.permute(0, 2, 3, 1).to(dtype).contiguous().cpu().numpy()
-    return array
+    return to_host(half.permute(0, 2, 3, 1).to(dtype).contiguous())
 
 
 def _channels_last(halves: Iterable[Tensor], dtype: torch.dtype) -> Tensor:

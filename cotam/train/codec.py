@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cotam.config import LATENT_STRIDE, Q_STEPS
 from cotam.entropy.rans import Segment
-from cotam.entropy.tables import Tables, build_tables
+from cotam.entropy.tables import NUM_SCALES, Z_ROWS, Tables, build_tables
+from cotam.models.averages import SearchAverages
 from cotam.models.codec_model import CodecModel, interpolated_lmbdas, rate_distortion_loss
 from cotam.train.config import CodecTrainConfig
 from cotam.train.data import crop_loader, eval_crops, random_quality_maps
@@ -26,6 +28,7 @@ from cotam.train.trainer import Trainer
 
 _KLT_PATCHES = 80_000
 _LEVEL_CROPS = 256
+_AVERAGES_CROPS = 96
 
 
 class CodecTrainer(Trainer[CodecModel, Tensor]):
@@ -67,7 +70,7 @@ class CodecTrainer(Trainer[CodecModel, Tensor]):
         side = config.crop_px // LATENT_STRIDE
         q = self._random_maps(len(x), side, self._maps)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            out = self.forward(x, q)
+            out = self.forward(x, q, self.averages)
         out = out._replace(x_hat=out.x_hat.float())
         with torch.no_grad():
             mse = F.mse_loss(out.x_hat.clamp(0, 1), x)
@@ -115,16 +118,21 @@ class CodecTrainer(Trainer[CodecModel, Tensor]):
 
         However often a run was resumed, its weights give the same tables, which are part of a model's identity.
         """
+        return build_tables(count_symbols(self._segments(self.config.table_crops)))
+
+    def _segments(self, num_crops: int) -> Iterator[Segment]:
         side = self.config.crop_px // LATENT_STRIDE
         maps = torch.Generator().manual_seed(self.config.seed)
         self.ema.freeze()
+        for batch in self._same_crops(num_crops):
+            q = self._random_maps(len(batch), side, maps)
+            yield from segments_of(self.ema, self.ema.compress(batch.to(self.device), q), q)
 
-        def segments() -> Iterator[Segment]:
-            for batch in self._same_crops(self.config.table_crops):
-                q = self._random_maps(len(batch), side, maps)
-                yield from segments_of(self.ema, self.ema.compress(batch.to(self.device), q), q)
-
-        return build_tables(count_symbols(segments()))
+    def refresh(self) -> None:
+        """Measure what the search makes of elements now."""
+        segments = list(self._segments(min(_AVERAGES_CROPS, self.config.table_crops)))
+        of_y = np.concatenate([rows[rows < Z_ROWS] % NUM_SCALES for _, rows in segments])
+        self.averages = SearchAverages.measure(build_tables(count_symbols(segments)), of_y).to(self.device)
 
     def tune_gains(self, say: Callable[[str], None]) -> None:
         """Mend the averaged model's gains by what they really cost, before levels are matched and tables fitted."""

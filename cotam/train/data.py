@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import glob
 import logging
-import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import braceexpand
@@ -25,9 +24,9 @@ from cotam.train.config import DataConfig
 
 _log = logging.getLogger(__name__)
 _IMAGE_MEMBERS = ";".join(IMAGE_EXTENSIONS)
-_PIXELS_PER_CROP = 2.5  # a large image gives one crop per this many crop areas, so that its decoding pays
+_CROPS_PER_IMAGE = 4  # so that its decoding pays
+_SHUFFLED_CROPS = 256  # parts the crops of one image
 _MIN_SCALE = 0.5  # images shrink by a random factor: other sizes of the same things, and less of a JPEG's own noise
-_MAX_CROPS = 8
 
 
 class CropDataset(IterableDataset[Tensor]):
@@ -46,8 +45,8 @@ class CropDataset(IterableDataset[Tensor]):
         info = torch.utils.data.get_worker_info()
         rng = random.Random(self.seed * 1000 + (info.id if info else 0))
         crops = self._crops(rng)
-        buffer = [next(crops) for _ in range(64)]
-        for crop in crops:  # a small shuffle buffer parts crops of one image
+        buffer = [next(crops) for _ in range(_SHUFFLED_CROPS)]
+        for crop in crops:
             k = rng.randrange(len(buffer))
             buffer[k], crop = crop, buffer[k]
             yield crop
@@ -66,14 +65,16 @@ class CropDataset(IterableDataset[Tensor]):
             )
             produced = False
             for data in image_members(dataset.shuffle(200, rng=rng)):
-                image = decode_rgb(data, lambda side: rng.uniform(min(1.0, max(_MIN_SCALE, size / side)), 1.0))
+                image = decode_rgb(data)
                 if image is None or min(image.shape[:2]) < size:
                     continue
-                area = image.shape[0] * image.shape[1] / size**2
-                for _ in range(max(1, min(_MAX_CROPS, int(area / _PIXELS_PER_CROP)))):
-                    top = rng.randint(0, image.shape[0] - size)
-                    left = rng.randint(0, image.shape[1] - size)
-                    crop = image[top : top + size, left : left + size]
+                whole = Image.fromarray(image)
+                for _ in range(_CROPS_PER_IMAGE):
+                    scale = rng.uniform(min(1.0, max(_MIN_SCALE, size / min(whole.size))), 1.0)
+                    side = min(round(size / scale), *whole.size)
+                    left, top = (rng.randint(0, length - side) for length in whole.size)
+                    box = left, top, left + side, top + side
+                    crop = np.asarray(whole.resize((size, size), Image.Resampling.LANCZOS, box))
                     if rng.random() < 0.5:
                         crop = crop[:, ::-1]
                     produced = True
@@ -148,18 +149,12 @@ def expand_urls(urls: Sequence[str]) -> list[str]:
     return found
 
 
-def decode_rgb(data: bytes, scale: Callable[[int], float] | None = None) -> RGBImage | None:
-    """Decode training bytes to uint8 (H, W, 3), scaled by what ``scale`` says to its shorter side; None if it fails."""
+def decode_rgb(data: bytes) -> RGBImage | None:
+    """Decode training bytes to uint8 (H, W, 3); None if that fails."""
     try:
-        pixels = decode_image(data).pixels
+        return decode_image(data).pixels
     except (ImageError, MemoryError):
         return None
-    height, width = pixels.shape[:2]
-    factor = scale(min(height, width)) if scale is not None else 1.0
-    if factor == 1:
-        return pixels
-    size = math.ceil(width * factor), math.ceil(height * factor)
-    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
 
 
 def eval_crops(config: DataConfig) -> Tensor:

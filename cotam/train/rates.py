@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cotam.entropy.rans import Segment
-from cotam.entropy.tables import COUNTED_MAX, NUM_SCALES, PRECISION_BITS, Z_ROWS, Tables
+from cotam.entropy.tables import COUNTED_MAX, NUM_SCALES, Z_ROWS, Tables, code_lengths
 from cotam.entropy.trellis import coded_segment
 from cotam.models.codec_model import CodecModel, Latents
 
@@ -34,12 +34,5 @@ def count_symbols(segments: Iterable[Segment]) -> NDArray[np.int64]:
 
 
 def code_length(segments: Iterable[Segment], tables: Tables) -> float:
-    """Bits that the symbols take under ``tables``, a symbol without an entry costing the escape and 16 bits."""
-    bits = 0.0
-    for symbols, rows in segments:
-        values, radius = symbols.astype(np.int64), tables.radius[rows].astype(np.int64)
-        escaped = np.abs(values) > radius
-        entry = tables.start[rows] + np.where(escaped, 2 * radius + 1, values + radius)
-        frequency = tables.cdf[entry + 1].astype(np.int64) - tables.cdf[entry]
-        bits += float((PRECISION_BITS - np.log2(frequency)).sum() + 16 * escaped.sum())
-    return bits
+    """Bits that the symbols take under ``tables``."""
+    return sum(float(code_lengths(*segment, tables).sum()) for segment in segments)

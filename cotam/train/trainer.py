@@ -96,6 +96,9 @@ class Trainer(ABC, Generic[M, B]):
     def prepare(self) -> None:
         """Hook: what a new run does before its first step."""
 
+    def refresh(self) -> None:
+        """Hook: what depends on how far the model is, before the first step and after every checkpoint."""
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Hook: groups of parameters, in module order, as a checkpoint's optimizer state belongs to them by position.
 
@@ -110,6 +113,7 @@ class Trainer(ABC, Generic[M, B]):
             if dist.is_initialized():
                 for tensor in (*self.model.parameters(), *self.ema.parameters()):
                     dist.broadcast(tensor.data, 0)
+        self.refresh()
         batches = self.batches()
         before = last = last_checkpoint = time.monotonic()
         sums: dict[str, Tensor] = {}
@@ -118,10 +122,11 @@ class Trainer(ABC, Generic[M, B]):
             progress, is_due = self._agreed(time.monotonic() - last_checkpoint > 60 * self.schedule.eval_minutes)
             if is_due or progress >= 1:
                 self._checkpoint(log)
+                if progress >= 1:
+                    return self.ema
+                self.refresh()
                 before = last = last_checkpoint = time.monotonic()
                 sums, count = {}, 0
-            if progress >= 1:
-                return self.ema
             for name, value in self._train_step(next(batches), progress).items():
                 sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value
             count += 1

@@ -24,6 +24,7 @@ from cotam.config import Q_STEPS, CodecConfig, load_yaml
 from cotam.entropy.rans import RansCoder
 from cotam.entropy.tables import COUNTED_MAX, build_tables
 from cotam.image import RGBImage
+from cotam.models import averages
 from cotam.models.codec_model import CodecModel
 from cotam.train import codec as trainer_module
 from cotam.train.codec import CodecTrainer
@@ -52,6 +53,7 @@ ELIC = CodecConfig(backbone="elic", N=8, M=16, N_z=8, N_hyper=8)
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CodecTrainConfig:
     monkeypatch.setattr(trainer_module, "_KLT_PATCHES", 1000)
+    monkeypatch.setattr(averages, "_SAMPLES", 2**18)
     write_webdataset(tmp_path / "in", 2, 12, width=160, height=128)
     data = DataConfig(
         train=(str(tmp_path / "in/part-{0000..0000}.tar"),),
