@@ -28,6 +28,7 @@ from stages import watch
 
 from cotam.codec import Codec
 from cotam.image import RGBImage
+from cotam.models.transfer import to_host
 from cotam.overlap import ordered_map, prefetch
 
 _QUALITY = 4.0
@@ -73,12 +74,14 @@ def _measure(codec: Codec, images: list[RGBImage], batch_size: int, num_images: 
     indexes = [codec.quality_index(_QUALITY, image, None, 0.0) for image in batch]
     num_batches = max(2, num_images // batch_size)
 
+    # The CPU's part of either alternates with the GPU's, so two batches are under way to fill both, as in the pipeline.
     def encode(executor: ThreadPoolExecutor, count: int) -> list[bytes]:
-        compressed = (item for _ in range(count) for item in codec.compress(batch, indexes))
-        return list(ordered_map(executor, codec.pack, prefetch(compressed, 2 * batch_size), 4 * threads))
+        with ThreadPoolExecutor(2) as batches:
+            runs = ordered_map(batches, lambda _: codec.compress(batch, indexes), range(count), 2)
+            compressed = prefetch((item for run in runs for item in run), 2 * batch_size)
+            return list(ordered_map(executor, codec.pack, compressed, 4 * threads))
 
     def decode(executor: ThreadPoolExecutor, strings: list[bytes], count: int) -> int:
-        # Entropy decoding alternates with the integer network, so two batches are under way to fill both.
         with ThreadPoolExecutor(2) as batches:
             decoded = ordered_map(batches, lambda _: codec.decode_batch(strings, executor), range(count), 2)
             return sum(len(images) for images in decoded)
@@ -121,7 +124,7 @@ def _stages(
     on_device = x.to(device)
     results["transfer"] = {
         "host to device": _timed(lambda: (x.to(device), clock())) / batch_size,
-        "device to host": _timed(lambda: on_device.cpu()) / batch_size,
+        "device to host": _timed(lambda: to_host(on_device)) / batch_size,
     }
     return results
 

@@ -18,9 +18,10 @@ from cotam.entropy.quality_map import decode_quality_map, encode_quality_map
 from cotam.entropy.rans import RansDecoder, RansError
 from cotam.entropy.trellis import coded_segment, decode_levels
 from cotam.grouping import in_groups
-from cotam.image import MAX_PIXELS, RGBImage, check_rgb, latent_size, pad_to_latents, size_problem
+from cotam.image import MAX_PIXELS, RGBImage, check_rgb, latent_size, size_problem
 from cotam.importance import DEFAULT_STRENGTH
 from cotam.memory import keep_freed_memory
+from cotam.models.transfer import to_device, to_host
 from cotam.tier import QualityIndex, Tier
 from cotam.weights import LoadedCodec, parse_codec, read_weights
 
@@ -280,11 +281,10 @@ class Codec:
         return 1 if self.device.type == "cpu" else max(1, _MAX_BATCH_POSITIONS // (height * width))
 
     def _compress_group(self, images: list[RGBImage], quality: list[QualityIndex]) -> list[CompressedImage]:
-        padded = [torch.from_numpy(pad_to_latents(image)) for image in images]
-        x = (torch.stack(padded) if len(padded) > 1 else padded[0][None]).to(self.device).permute(0, 3, 1, 2)
         tier = self._tier_of(quality[0])
+        x = to_device(images, self.device)
         latents = self.tiers[tier].model(quality[0]).compress(x, self._q(quality))
-        z, levels, rows = (t.contiguous().cpu().numpy() for t in latents)
+        z, levels, rows = map(to_host, latents)
         return [
             CompressedImage(image.shape[1], image.shape[0], quality[k], tier, z[k], levels[k], rows[k])
             for k, image in enumerate(images)
@@ -320,7 +320,7 @@ class Codec:
         ]  # fmt: skip
 
     def _decode_half(self, decoders: list[RansDecoder], indexes: Tensor, executor: Executor | None) -> Tensor:
-        rows = indexes.permute(0, 2, 3, 1).byte().contiguous().cpu().numpy()
+        rows = to_host(indexes.permute(0, 2, 3, 1).byte().contiguous())
 
         def decode(k: int) -> NDArray[np.int32]:
             return decode_levels(decoders[k], rows[k])
@@ -332,7 +332,7 @@ class Codec:
         y_fixed = torch.stack([i.y_fixed for i in images])
         model = self.tiers[images[0].tier].model(images[0].quality_index)
         x_hat = model.reconstruct(y_fixed, self._q([i.quality_index for i in images]))
-        pixels = x_hat.permute(0, 2, 3, 1).cpu().numpy()
+        pixels = to_host(x_hat.permute(0, 2, 3, 1).contiguous())
         return [np.ascontiguousarray(p[: i.height, : i.width]) for p, i in zip(pixels, images, strict=True)]
 
     def _open(self, data: bytes) -> _Opened:

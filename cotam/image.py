@@ -133,11 +133,22 @@ def latent_size(height: int, width: int) -> tuple[int, int]:
 
 def pad_to_latents(image: RGBImage) -> RGBImage:
     """The image with its last row and column repeated up to multiples of the latent stride; writeable."""
-    bottom, right = (-side % LATENT_STRIDE for side in image.shape[:2])
-    if bottom or right:
-        return np.pad(image, ((0, bottom), (0, right), (0, 0)), "edge")
+    height, width = image.shape[:2]
+    if height % LATENT_STRIDE or width % LATENT_STRIDE:
+        rows, columns = latent_size(height, width)
+        padded = np.empty((LATENT_STRIDE * rows, LATENT_STRIDE * columns, 3), dtype=np.uint8)
+        pad_into(padded, image)
+        return padded
     padded = np.ascontiguousarray(image)
     return padded if padded.flags.writeable else padded.copy()  # torch takes no read-only arrays without a warning
+
+
+def pad_into(padded: RGBImage, image: RGBImage) -> None:
+    """Fill ``padded``, uint8 (H', W', 3), with ``image``, no larger, and its last row and column repeated."""
+    height, width = image.shape[:2]
+    padded[:height, :width] = image
+    padded[:height, width:] = image[:, -1:]
+    padded[height:] = padded[height - 1]
 
 
 def num_computed_pixels(width: int, height: int) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 from torch import Tensor
@@ -29,6 +30,7 @@ B = TypeVar("B")
 
 _BATCH_IMAGES = 16
 _BATCH_PIXELS = 2**24
+_BATCHES_ON_GPU = 2
 
 
 class Steering(NamedTuple):
@@ -95,7 +97,8 @@ def encode_stream(
         if steering is not None:
             runs = prefetch(_estimate(runs, steering.source, times), 1)
         strength, keep_map = (steering.strength, steering.keep_map) if steering is not None else (0.0, False)
-        compressed = prefetch(_compress(runs, codec, quality, strength, times), num_threads)
+        compress = partial(_compress, codec=codec, quality=quality, strength=strength, times=times)
+        compressed = prefetch(_each(compress, runs, codec), num_threads)
         yield from ordered_map(coders, lambda c: _pack(c, codec, keep_map, times), compressed, 2 * num_threads)
 
 
@@ -111,8 +114,8 @@ def decode_stream(
     with ThreadPoolExecutor(num_threads, thread_name_prefix="cotam-rans") as coders:
         checked = (_check_row(row, codec) for row in times.iterate("read", rows))
         runs = batches(prefetch(checked, 2 * _BATCH_IMAGES), lambda r: num_computed_pixels(r.width, r.height))
-        decoded = (item for batch in runs for item in _decode_rows(batch, codec, coders, with_latents, times))
-        yield from prefetch(decoded, num_threads)
+        decode = partial(_decode_rows, codec=codec, executor=coders, with_latents=with_latents, times=times)
+        yield from prefetch(_each(decode, runs, codec), num_threads)
 
 
 def decode_samples(
@@ -174,19 +177,25 @@ def _with_importance(item: DecodedSample, importance: ImportanceMap | ValueError
     return item._replace(importance=importance)
 
 
+def _each(function: Callable[[A], list[B]], batches: Iterable[A], codec: Codec) -> Iterator[B]:
+    """What ``function`` makes of every batch, in order; on a GPU of two at once, as they use CPU and GPU by turns."""
+    under_way = 1 if codec.device.type == "cpu" else _BATCHES_ON_GPU
+    with ThreadPoolExecutor(under_way, thread_name_prefix="cotam-networks") as executor:
+        for items in ordered_map(executor, function, batches, under_way):
+            yield from items
+
+
 def _compress(
-    batches: Iterable[list[DecodedSample | Reject]], codec: Codec, quality: float, strength: float, times: StageTimes
-) -> Iterator[_Compressed | Reject]:
-    for batch in batches:
-        images = [item for item in batch if isinstance(item, DecodedSample)]
-        with times.measure("networks"):
-            indexes = [codec.quality_index(quality, item.pixels, item.importance, strength) for item in images]
-            compressed = iter(codec.compress([item.pixels for item in images], indexes))
-        for item in batch:
-            if isinstance(item, Reject):
-                yield item
-            else:
-                yield _Compressed(item.sample, item.format, item.importance, next(compressed))
+    batch: list[DecodedSample | Reject], codec: Codec, quality: float, strength: float, times: StageTimes
+) -> list[_Compressed | Reject]:
+    images = [item for item in batch if isinstance(item, DecodedSample)]
+    with times.measure("networks"):
+        indexes = [codec.quality_index(quality, item.pixels, item.importance, strength) for item in images]
+        compressed = iter(codec.compress([item.pixels for item in images], indexes))
+    return [
+        item if isinstance(item, Reject) else _Compressed(item.sample, item.format, item.importance, next(compressed))
+        for item in batch
+    ]
 
 
 def _pack(item: _Compressed | Reject, codec: Codec, keep_map: bool, times: StageTimes) -> Row | Reject:
@@ -213,7 +222,7 @@ def _pack(item: _Compressed | Reject, codec: Codec, keep_map: bool, times: Stage
 
 def _decode_rows(
     batch: list[Row | Reject], codec: Codec, executor: ThreadPoolExecutor, with_latents: bool, times: StageTimes
-) -> Iterator[DecodedRow | Reject]:
+) -> list[DecodedRow | Reject]:
     rows = [item for item in batch if isinstance(item, Row)]
     with times.measure("entropy"):
         try:
@@ -226,15 +235,17 @@ def _decode_rows(
     with times.measure("networks"):
         images = iter(codec.reconstruct(good))
         latents = iter(codec.latents(good) if with_latents else [None] * len(good))
-    outcomes = iter(decompressed)
+    outcomes, items = iter(decompressed), list[DecodedRow | Reject]()
     for item in batch:
         outcome = next(outcomes) if isinstance(item, Row) else None
         if isinstance(item, Reject):
-            yield item
+            items.append(item)
         elif isinstance(outcome, BitstreamError):
-            yield Reject(key=item.key, source=item.source, stage="decode", error=str(outcome), image=item.bitstream)
+            error = str(outcome)
+            items.append(Reject(key=item.key, source=item.source, stage="decode", error=error, image=item.bitstream))
         else:
-            yield DecodedRow(item, next(images), next(latents))
+            items.append(DecodedRow(item, next(images), next(latents)))
+    return items
 
 
 def _check_row(row: Row, codec: Codec) -> Row | Reject:

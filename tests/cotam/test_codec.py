@@ -17,6 +17,7 @@ import pytest
 import skimage.data
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from cotam.bitstream import BitstreamError, ModelMismatchError, pack, unpack
 from cotam.codec import Codec
@@ -182,13 +183,21 @@ def test_encoded_one_way_decodes_the_other_way(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("strength", [0.0, 4.0], ids=["uniform", "map"])
+@pytest.mark.parametrize("quality", [1.0, 3.0, 3.75, 4.5, 6.0, 8.0])
 def test_encoded_on_a_gpu_decodes_on_a_cpu_and_the_other_way_round(
-    codec: Codec, images: list[RGBImage], coded: Coded
+    codec: Codec, images: list[RGBImage], quality: float, strength: float
 ) -> None:
     gpu = Codec.load(device="cuda")
-    for strings in (coded[0], gpu.encode_batch(images, 3.25)):
+    large = np.array(Image.fromarray(images[0]).resize((1920, 1080)))
+    several = [*images, large, *images, large[::-1].copy()]
+    importances = [np.linspace(0, 1, 48).reshape(6, 8) for _ in several]
+    by_cpu, by_gpu = (c.encode_batch(several, quality, importances, strength) for c in (codec, gpu))
+    for strings in (by_cpu, by_gpu):
         for here, there in zip(codec.decompress(strings), gpu.decompress(strings), strict=True):
             assert torch.equal(here.y_fixed, there.y_fixed.cpu())
+    for here, there in zip(codec.decode_batch(by_gpu), gpu.decode_batch(by_gpu), strict=True):
+        assert np.abs(here.astype(int) - there).max() <= 4  # the synthesis may round otherwise
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 200), (200, 1), (17, 33), (63, 65), (64, 64)])

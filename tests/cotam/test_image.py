@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import Image
 
-from cotam.image import MAX_PIXELS, ImageError, RGBImage, decode_image, encode_image, num_pixels_of
+from cotam.image import MAX_PIXELS, ImageError, RGBImage, decode_image, encode_image, num_pixels_of, pad_to_latents
+from cotam.models.transfer import to_device
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -359,3 +361,17 @@ def test_a_higher_limit_is_not_undercut_by_pillow(monkeypatch: pytest.MonkeyPatc
     assert decode_image(encode_image(np.zeros((60, 60, 3), np.uint8)), max_pixels=3600).pixels.shape == (60, 60, 3)
     with pytest.raises(ImageError, match="60x61 pixels, over the limit of 3600"):
         decode_image(encode_image(np.zeros((61, 60, 3), np.uint8)), max_pixels=3600)
+
+
+@pytest.mark.parametrize("size", [(16, 32), (17, 31), (1, 1), (5, 48), (48, 5)])
+def test_images_are_padded_by_their_edges(size: tuple[int, int]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    below, right = (-side % 16 for side in size)
+    expected = np.pad(image, ((0, below), (0, right), (0, 0)), "edge")
+    padded = pad_to_latents(image)
+    assert padded.flags.writeable
+    np.testing.assert_array_equal(padded, expected)
+    other = image[: size[0] - (size[0] % 16 > 1), ::-1]  # of the same latent size
+    batch = to_device([image, other], torch.device("cpu"))
+    np.testing.assert_array_equal(batch[0].permute(1, 2, 0).numpy(), expected)
+    np.testing.assert_array_equal(batch[1].permute(1, 2, 0).numpy(), pad_to_latents(other))

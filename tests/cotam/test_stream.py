@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from cotam.codec import Codec
 from cotam.image import num_computed_pixels, size_problem
 from cotam.overlap import ordered_map
 from cotam.store.schema import Reject, Row, Sample
-from cotam.stream import DecodedRow, decode_stream, encode_stream
+from cotam.stream import DecodedRow, _each, decode_stream, encode_stream
 from tests.corpus import photograph, to_bytes
 
 
@@ -75,3 +77,20 @@ def test_lines_count_as_what_they_cost(codec: Codec) -> None:
     too_wide = b"P6 16777217 1 255\n" + bytes(3 * 16777217)
     (item,) = encode_stream([Sample(key="k", source="s", image=too_wide)], codec, 4.0)
     assert isinstance(item, Reject) and "16777217x1 pixels, over the limit" in item.error
+
+
+@pytest.mark.parametrize(("device", "most"), [("cpu", 1), ("cuda", 2)])
+def test_batches_take_turns_on_a_gpu_and_stay_in_order(device: str, most: int) -> None:
+    running, largest = 0, 0
+
+    def work(batch: int) -> list[int]:
+        nonlocal running, largest
+        running += 1
+        largest = max(largest, running)
+        time.sleep(0.05 / (1 + batch))
+        running -= 1
+        return [10 * batch, 10 * batch + 1]
+
+    codec = SimpleNamespace(device=torch.device(device))
+    assert list(_each(work, range(6), codec)) == [10 * k + i for k in range(6) for i in (0, 1)]  # type: ignore[arg-type]
+    assert largest == most
