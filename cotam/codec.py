@@ -284,7 +284,7 @@ class Codec:
         tier = self._tier_of(quality[0])
         x = to_device(images, self.device)
         latents = self.tiers[tier].model(quality[0]).compress(x, self._q(quality))
-        z, levels, rows = map(to_host, latents)
+        z, levels, rows = (to_host(t.contiguous()) for t in latents)
         return [
             CompressedImage(image.shape[1], image.shape[0], quality[k], tier, z[k], levels[k], rows[k])
             for k, image in enumerate(images)
@@ -332,7 +332,7 @@ class Codec:
         y_fixed = torch.stack([i.y_fixed for i in images])
         model = self.tiers[images[0].tier].model(images[0].quality_index)
         x_hat = model.reconstruct(y_fixed, self._q([i.quality_index for i in images]))
-        pixels = to_host(x_hat.permute(0, 2, 3, 1).contiguous())
+        pixels = to_host(x_hat.permute(0, 2, 3, 1))
         return [np.ascontiguousarray(p[: i.height, : i.width]) for p, i in zip(pixels, images, strict=True)]
 
     def _open(self, data: bytes) -> _Opened:

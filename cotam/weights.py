@@ -33,8 +33,8 @@ from cotam.store.fs import split_uri
 FORMAT = "cotam-codec/5"
 # Packaged weights by name: the sha256 of cotam/packaged/{name}.safetensors.
 PACKAGED: dict[str, str] = {
-    "cotam-adapter-tiny": "aa1a129ad63ff9b7d05f833a9f4f6a63e395de72b026e5af1324b712374c3811",
-    "cotam-base": "7da03f3474e74c70377fe2dc81501830311efd9673a02234ca8728b7c4506d61",
+    "cotam-adapter-tiny": "597296036720723b5d0d7393e08b0ef44c90b8ee5d5969610de8dc360be0d924",
+    "cotam-base": "39ff7b964368ea3583522ce88daac4216cf403e628789f64783704d49b795ec3",
 }
 # Packaged folders by name: the sha256 of the weights in cotam/packaged/{name}.
 PACKAGED_FOLDERS: dict[str, tuple[str, str]] = {

@@ -21,8 +21,8 @@ from cotam.entropy.trellis import LEVEL_OFFSET, coded_segment, quantise
 _LARGEST = 4.0  # magnitudes are measured up to here; beyond, all is as it was a whole number of levels before
 _PER_UNIT = 12  # nodes a unit of magnitude, between which everything is linear
 _NODES = int(_LARGEST * _PER_UNIT) + 1
-_SAMPLES = 2**21
-_PROBES = 0.03  # of them are of any scale, and as many of any magnitude: some see little of what training tries
+_SAMPLES = 2**22
+_PROBES = 0.03  # of them are of any scale and half of those, and 0.03 of the others, of any magnitude
 _BINS_PER_UNIT = 32
 _BINS = int(_LARGEST * _BINS_PER_UNIT)
 _DRAWS = 256  # equally probable levels of each bin
@@ -52,10 +52,10 @@ class SearchAverages(NamedTuple):
         """
         rng = np.random.default_rng(0)
         rows = np.resize(rows, _SAMPLES)
-        anywhere = rng.random(_SAMPLES) < _PROBES
-        rows[anywhere] = rng.integers(NUM_SKIPPED_SCALES, NUM_SCALES, np.count_nonzero(anywhere), np.uint8)
+        of_any_scale = rng.random(_SAMPLES) < _PROBES
+        rows[of_any_scale] = rng.integers(NUM_SKIPPED_SCALES, NUM_SCALES, np.count_nonzero(of_any_scale), np.uint8)
         residuals = rng.standard_normal(_SAMPLES, np.float32) * scales().astype(np.float32)[rows]
-        anywhere = rng.random(_SAMPLES) < _PROBES
+        anywhere = rng.random(_SAMPLES) < np.where(of_any_scale, 0.5, _PROBES)
         residuals[anywhere] = rng.uniform(-_LARGEST - 0.2, _LARGEST + 0.2, np.count_nonzero(anywhere))
         levels = quantise(residuals[None], rows[None], torch.get_num_threads())[0]
         lengths = code_lengths(*coded_segment(levels, rows), tables)
@@ -68,13 +68,14 @@ class SearchAverages(NamedTuple):
         signed = np.where(residuals < 0, -levels, levels)[measured].clip(_LEVELS[0], _LEVELS[-1])
         values = LEVEL_STEP * signed + LEVEL_OFFSET * np.sign(signed)
         bits, magnitudes = (_means(cells, weights, np.tile(v, 2)) for v in (lengths[measured], values))
-        cells = rows[measured].astype(np.int64) * _BINS + (np.abs(residuals[measured]) * _BINS_PER_UNIT).astype(
-            np.int64
-        )
+        bins = (np.abs(residuals[measured]) * _BINS_PER_UNIT).astype(np.int64)
+        cells = rows[measured].astype(np.int64) * _BINS + bins
         at = cells * len(_LEVELS) + signed - _LEVELS[0]
         shares = np.bincount(at, minlength=NUM_SCALES * _BINS * len(_LEVELS)).reshape(-1, len(_LEVELS)).cumsum(1)
         quantiles = (np.arange(_DRAWS) + 0.5) / _DRAWS
         drawn = _LEVELS[(shares[:, None, :-1] < quantiles[:, None] * shares[:, -1:, None]).sum(2)]
+        nearest = np.round((np.arange(_BINS) + 0.5) / _BINS_PER_UNIT / LEVEL_STEP).astype(np.int64)
+        drawn = np.where(shares[:, -1:] > 0, drawn, np.tile(nearest, NUM_SCALES)[:, None])  # a bin may have seen none
         drawn[: NUM_SKIPPED_SCALES * _BINS] = 0
         return cls(
             torch.from_numpy(bits).float().flatten(),
@@ -121,8 +122,11 @@ class SearchAverages(NamedTuple):
 
 
 def _means(cells: NDArray[Any], weights: NDArray[Any], values: NDArray[Any]) -> NDArray[Any]:
-    """Weighted means of ``values`` in each cell: (NUM_SCALES, nodes), 0 where there is none."""
+    """Weighted means of ``values`` in each cell, (NUM_SCALES, nodes); where there is none, between those beside it."""
     size = NUM_SCALES * _NODES
-    total = np.bincount(cells, weights, size)
-    means: NDArray[Any] = np.bincount(cells, weights * values, size) / np.maximum(total, 1e-9)
-    return means.reshape(NUM_SCALES, _NODES)
+    total, sums = (np.bincount(cells, w, size).reshape(NUM_SCALES, _NODES) for w in (weights, weights * values))
+    means = np.zeros((NUM_SCALES, _NODES))
+    for row in range(NUM_SKIPPED_SCALES, NUM_SCALES):
+        found = np.flatnonzero(total[row] > 0)
+        means[row] = np.interp(np.arange(_NODES), found, sums[row, found] / total[row, found])
+    return means

@@ -27,9 +27,9 @@ def to_device(images: Sequence[RGBImage], device: torch.device) -> Tensor:
 
 
 def to_host(tensor: Tensor) -> NDArray[Any]:
-    """A contiguous array of ``tensor``."""
+    """``tensor`` as an array, contiguous from a GPU."""
     if tensor.device.type == "cpu":
-        return tensor.contiguous().numpy()
+        return tensor.numpy()
     pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     pinned.copy_(tensor)
     return pinned.numpy()

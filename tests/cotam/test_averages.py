@@ -69,3 +69,12 @@ def test_slopes_are_those_of_the_means(averages: SearchAverages) -> None:
     # A narrow Gaussian's small elements become 0 whatever they are exactly; large ones of a wide one follow.
     assert averages.mean_reconstruction(torch.tensor([0.1]), torch.tensor([8.0])).abs() < 0.03
     assert averages.mean_reconstruction(torch.tensor([-3.0]), torch.tensor([40.0])) == pytest.approx(-3, abs=0.1)
+
+
+def test_scales_that_a_model_hardly_has_are_measured_too(model_and_tables: tuple[CodecModel, Tables]) -> None:
+    """None of their levels is farther from an element than the search would go."""
+    few = SearchAverages.measure(model_and_tables[1], np.full(1000, NUM_SKIPPED_SCALES, dtype=np.uint8))
+    indexes = torch.arange(NUM_SKIPPED_SCALES + 8, NUM_SCALES).float()[:, None].expand(-1, 4000)
+    residual = torch.linspace(-9, 9, 4000).expand_as(indexes)
+    assert (reconstruct(few.draw(residual, indexes)) / MEAN_STEPS - residual).abs().max() < 1.7
+    assert few.mean_bits(residual, indexes).min() > 0
