@@ -33,8 +33,8 @@ from cotam.store.fs import split_uri
 FORMAT = "cotam-codec/5"
 # Packaged weights by name: the sha256 of cotam/packaged/{name}.safetensors.
 PACKAGED: dict[str, str] = {
-    "cotam-adapter-tiny": "597296036720723b5d0d7393e08b0ef44c90b8ee5d5969610de8dc360be0d924",
-    "cotam-base": "39ff7b964368ea3583522ce88daac4216cf403e628789f64783704d49b795ec3",
+    "cotam-adapter-tiny": "e8cd18a2bf4919a6ea2c92105f81191c9cdd7d3726bfcd5f33944b7025cad99c",
+    "cotam-base": "2676c15b639c0c6e7dd8292ed0f2bb6a53809965a4528daee8bc21dc9aed0bad",
 }
 # Packaged folders by name: the sha256 of the weights in cotam/packaged/{name}.
 PACKAGED_FOLDERS: dict[str, tuple[str, str]] = {
