@@ -28,7 +28,7 @@ from stages import watch
 
 from cotam.codec import Codec
 from cotam.image import RGBImage
-from cotam.models.transfer import to_host
+from cotam.models.transfer import to_device, to_host
 from cotam.overlap import ordered_map, prefetch
 
 _QUALITY = 4.0
@@ -120,10 +120,9 @@ def _stages(
             total = clock() - start
             results[direction] = {k: v / batch_size for k, v in {**stages.take(), "whole": total}.items()}
             data = result
-    x = torch.from_numpy(np.stack(batch))
-    on_device = x.to(device)
+    on_device = to_device(batch, torch.device(device))
     results["transfer"] = {
-        "host to device": _timed(lambda: (x.to(device), clock())) / batch_size,
+        "host to device": _timed(lambda: (to_device(batch, torch.device(device)), clock())) / batch_size,
         "device to host": _timed(lambda: to_host(on_device)) / batch_size,
     }
     return results

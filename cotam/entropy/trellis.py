@@ -69,7 +69,7 @@ _STATES = np.arange(NUM_STATES)
 ODD = _parity(_STATES, _QUANTISER_TAPS).astype(np.uint8)  # which quantiser a state has
 _BITS = _parity(_STATES, _SUBSET_TAPS)[:, None] ^ ODD[:, None] ^ np.arange(2)
 FOLLOWING = (2 * _STATES[:, None] + _BITS) % NUM_STATES  # (NUM_STATES, 2): the next state by k mod 2
-# The same for the kernels, flat: the bit above the next state is its quantiser.
+# The same for the kernels, flat: the bit above the next state is its quantiser (in 64 bits: numpy 2 would keep 8).
 _NEXT = (FOLLOWING + NUM_STATES * ODD[FOLLOWING].astype(np.int64)).astype(np.uint16).ravel()
 # The levels n fall into four subsets, n mod 4, with 0 in 0 and in 3: (NUM_STATES,), the one with which a 0 goes in.
 # The one two further goes with a 1; and in the state _HALF further, the other way round.

@@ -33,8 +33,8 @@ class SearchAverages(NamedTuple):
     """Measured for one set of CDF tables.
 
     bits, magnitudes: float (NUM_SCALES * nodes,), the mean bits and reconstruction at each node of magnitude, the
-    latter with the sign of the element. draws: int8 (NUM_SCALES * bins, draws), equally probable levels of each bin of
-    magnitude, with that sign, too.
+    latter with the sign of the element. draws: int8 (NUM_SCALES * bins * draws,), equally probable levels of each bin
+    of magnitude, with that sign, too.
     """
 
     bits: Tensor
@@ -43,7 +43,7 @@ class SearchAverages(NamedTuple):
 
     @classmethod
     def measure(cls, tables: Tables, rows: NDArray[np.uint8]) -> SearchAverages:
-        """Search random numbers; always the same ones for the same arguments. Takes about a second.
+        """Search random numbers; always the same ones for the same arguments. Takes about two seconds.
 
         Args:
             tables: what levels are coded with.
@@ -80,7 +80,7 @@ class SearchAverages(NamedTuple):
         return cls(
             torch.from_numpy(bits).float().flatten(),
             torch.from_numpy(magnitudes).float().flatten(),
-            torch.from_numpy(drawn.astype(np.int8)),
+            torch.from_numpy(drawn.astype(np.int8)).flatten(),
         )
 
     def to(self, device: torch.device) -> SearchAverages:
@@ -95,8 +95,8 @@ class SearchAverages(NamedTuple):
         bin_ = ((magnitude - levels_off * LEVEL_STEP) * _BINS_PER_UNIT).floor().clamp_(0, _BINS - 1)
         random = (torch.rand_like(residual) * _DRAWS).long()
         cell = (indexes * _BINS + bin_).long() * _DRAWS + random
-        levels = self.draws.flatten()[cell] + levels_off * (indexes >= NUM_SKIPPED_SCALES)
-        return levels.copysign_(levels * residual.sign()).where(levels != 0, 0)
+        levels = self.draws[cell] + levels_off * (indexes >= NUM_SKIPPED_SCALES)
+        return levels * residual.sign()
 
     def mean_bits(self, residual: Tensor, indexes: Tensor) -> Tensor:
         """Mean bits, 0 where nothing is coded; constant beyond what was measured. Differentiable by ``residual``."""
