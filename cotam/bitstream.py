@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from cotam.image import MAX_SIDE_PX, size_problem
 
-VERSION = 5
+VERSION = 6
 MODEL_ID_BYTES = 4
 MAX_TIERS = 8
 _HAS_MAP = 4

@@ -233,7 +233,7 @@ class Codec:
         q, tier = compressed.quality_index, self.tiers[compressed.tier]
         h, w = compressed.levels.shape[1:3]
         segments = [
-            (compressed.z.ravel(), tier.z_rows(q, h, w)),
+            tier.z_segment(compressed.z, q, h, w),
             coded_segment(compressed.levels[0], compressed.rows[0]),
             coded_segment(compressed.levels[1], compressed.rows[1]),
         ]

@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 
 from cotam.config import HYPER_STRIDE, Q_STEPS
-from cotam.entropy.rans import RansCoder, RansDecoder, RansError
-from cotam.entropy.tables import Z_ROWS
+from cotam.entropy.hyper import HyperRows
+from cotam.entropy.rans import RansCoder, RansDecoder, RansError, Segment
 from cotam.models.causal import CausalPredictor
 from cotam.models.codec_model import CodecModel
 from cotam.models.integer import ACTIVATION_MAX
@@ -42,7 +42,8 @@ class Tier:
             each.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.coder = RansCoder(weights.tables)
         self._config = model.config
-        self._z_rows_of_level = model.z_indexes().cpu().numpy().astype(np.uint8) + Z_ROWS
+        self._z_indexes = model.z_indexes().cpu().numpy().astype(np.uint8)
+        self._z_rows = HyperRows(weights.tables)
         self._z_context = CausalPredictor(model.z_context.frozen_integers(), model.config.N_z)
 
     def covers(self, quality: QualityIndex) -> bool:
@@ -58,22 +59,23 @@ class Tier:
         """The model cut to the channels of an image."""
         return self.models[self.num_channels(quality)]
 
-    def z_rows(self, quality: QualityIndex, h: int, w: int) -> NDArray[np.uint8]:
-        """CDF rows of all z of a latent of h x w, in the order they are coded in: channel, row, column."""
-        return self._rows(_z_levels(quality, h, w))
+    def z_segment(self, residuals: NDArray[np.int16], quality: QualityIndex, h: int, w: int) -> Segment:
+        """What is coded of the hyper-latent of a latent of h x w: ``residuals`` int16 (N_z, hz, wz)."""
+        rows = self._z_rows.rows(residuals, self._indexes(_z_levels(quality, h, w)))
+        return residuals.ravel(), rows.ravel()
 
     def decode_z(self, decoder: RansDecoder, quality: QualityIndex, h: int, w: int) -> NDArray[np.int32]:
         """The hyper-latent of a latent of h x w, (N_z, hz, wz). Raises RansError."""
         levels = _z_levels(quality, h, w)
-        residuals = decoder.decode(self._rows(levels)).reshape(-1, *levels.shape)
+        residuals = self._z_rows.decode(decoder, self._indexes(levels))
         z = self._z_context.restore(residuals, levels)
         if (np.abs(z) > ACTIVATION_MAX).any():
             raise RansError("hyper-latent out of range")
         return z
 
-    def _rows(self, levels: NDArray[np.int64]) -> NDArray[np.uint8]:
-        rows = self._z_rows_of_level[levels]  # (hz, wz, N_z)
-        return np.ascontiguousarray(rows.transpose(2, 0, 1)).ravel()
+    def _indexes(self, levels: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Scale indexes of z, (N_z, hz, wz), of the ``levels`` of its positions."""
+        return np.ascontiguousarray(self._z_indexes[levels].transpose(2, 0, 1))
 
 
 def _z_levels(quality: QualityIndex, h: int, w: int) -> NDArray[np.int64]:

@@ -30,11 +30,11 @@ from cotam.models.codec_model import CodecModel
 from cotam.models.integer import IntConv2d
 from cotam.store.fs import split_uri
 
-FORMAT = "cotam-codec/5"
-# Packaged weights by name: the sha256 of cotam/packaged/{name}.safetensors.
+FORMAT = "cotam-codec/6"
+# Packaged weights by name: the sha256 of cotam/packaged/{name}.safetensors, or of its parts, .0, .1, together.
 PACKAGED: dict[str, str] = {
-    "cotam-adapter-tiny": "e8cd18a2bf4919a6ea2c92105f81191c9cdd7d3726bfcd5f33944b7025cad99c",
-    "cotam-base": "2676c15b639c0c6e7dd8292ed0f2bb6a53809965a4528daee8bc21dc9aed0bad",
+    "cotam-adapter-tiny": "8757de19513f05fadc47b7e108adb5ea321e9ed2f92be1dd25e5155809919737",
+    "cotam-base": "652e1fd24ad645b815054382d1370d0e8e0c8c9ab03d24c066160988139eeb92",
 }
 # Packaged folders by name: the sha256 of the weights in cotam/packaged/{name}.
 PACKAGED_FOLDERS: dict[str, tuple[str, str]] = {
@@ -89,7 +89,9 @@ def read_weights(name_or_path_or_uri: str) -> bytes:
     """
     pinned = PACKAGED.get(name_or_path_or_uri)
     if pinned is not None:
-        data = resources.files("cotam").joinpath(f"packaged/{name_or_path_or_uri}.safetensors").read_bytes()
+        files = resources.files("cotam").joinpath("packaged").iterdir()
+        parts = [file for file in files if file.name.startswith(f"{name_or_path_or_uri}.safetensors")]
+        data = b"".join(part.read_bytes() for part in sorted(parts, key=lambda part: part.name))
         if hashlib.sha256(data).hexdigest() != pinned:
             raise ValueError(f"packaged weights {name_or_path_or_uri} are damaged; reinstall the package")
         return data

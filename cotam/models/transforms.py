@@ -53,7 +53,7 @@ class AnalysisTransform(nn.Module):
         x = x - 0.5
         with _precision(x, self.low_precision):
             features = self.body(x)
-        y: Tensor = self.linear(x) + _Y_SCALE * features
+        y: Tensor = _exactly(self.linear, x) + _Y_SCALE * features
         return y
 
 
@@ -83,7 +83,7 @@ class SynthesisTransform(nn.Module):
         self.body = nn.Sequential(*layers)
 
     def forward(self, y_hat: Tensor) -> Tensor:
-        x = join_blocks(self.linear(y_hat), LATENT_STRIDE)
+        x = join_blocks(_exactly(self.linear, y_hat), LATENT_STRIDE)
         with _precision(y_hat, self.low_precision):
             features = self.body(y_hat)
         return x + join_blocks(_PIXEL_SCALE * features + 0.5, 8)
@@ -92,6 +92,13 @@ class SynthesisTransform(nn.Module):
 def _precision(x: Tensor, low: bool) -> AbstractContextManager[object]:
     """What a body runs in: it adds little to the linear path, so 8 bits are enough. Else whatever is set outside."""
     return torch.autocast(x.device.type, torch.bfloat16) if low else nullcontext()
+
+
+def _exactly(linear: nn.Module, x: Tensor) -> Tensor:
+    """A linear path in float32, whatever is set outside: in bfloat16 it is off by 0.3 of a squared error of 8 bits."""
+    with torch.autocast(x.device.type, enabled=False):
+        result: Tensor = linear(x.float())
+    return result
 
 
 def halo(config: CodecConfig) -> int:

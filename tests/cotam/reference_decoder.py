@@ -6,6 +6,7 @@ It shares nothing with the package but the file of weights, so the document is c
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import load
 
 Ints = NDArray[np.int64]
+
+
+_AROUND = ((0, 0, 1), (0, 1, 2), (0, 2, 1), (1, 0, 2))  # in a grid with a border: above left, above, above right, left
 
 
 class Decoded(NamedTuple):
@@ -37,7 +41,7 @@ class ReferenceDecoder:
 
     def decode(self, data: bytes) -> Decoded:
         """The integers of one bitstream."""
-        assert data[0] == 5 and zlib.crc32(data[:-4]) == int.from_bytes(data[-4:], "little")
+        assert data[0] == 6 and zlib.crc32(data[:-4]) == int.from_bytes(data[-4:], "little")
         flags, lowest = data[5], data[6]
         tier = f"{flags >> 3}."
         self.arrays = {name.removeprefix(tier): a for name, a in self.every.items() if name.startswith(tier)}
@@ -78,17 +82,32 @@ class ReferenceDecoder:
         h, w = q.shape[0] // 4, q.shape[1] // 4
         mean = q.reshape(h, 4, w, 4).sum((1, 3)) / 16
         levels = np.floor(mean / 4 + 0.5).astype(int)
-        rows, layer = self.arrays["z_indexes"].astype(int), "z_context"
+        indexes, layer = self.arrays["z_indexes"].astype(int), "z_context"
         weight, bias, exponent = (self.arrays[f"{layer}.{k}"].astype(np.int64) for k in ("weight", "bias", "exponent"))
         z = np.zeros((self.num_z, h + 1, w + 2), np.int64)  # zeros above, left and right
+        means = [rans.mean_magnitude(192 + k) for k in range(64)]
+        inside = np.pad(np.ones((h, w), np.int64), ((1, 0), (1, 1)))
+        sums, counts = np.zeros((2, h, w), np.int64)
         rans.begin()
         for c in range(self.num_z):
+            near = np.zeros((h + 1, w + 2), np.int64)
             for i in range(h):
                 for j in range(w):
                     at = c * self.num_levels + levels[i, j]
                     before = weight[at, 0, 0] @ z[c, i, j : j + 3] + weight[at, 0, 1, 0] * z[c, i + 1, j]
                     predicted = _shifted(before + bias[at], exponent[at]).clip(-127, 127)
-                    z[c, i + 1, j + 1] = predicted + rans.symbol(128 + rows[levels[i, j], c])
+                    around = sum(n * near[i + a, j + b] for a, b, n in _AROUND) + 32
+                    around //= sum(n * inside[i + a, j + b] for a, b, n in _AROUND) + 2
+                    beside = [(max(i - 1, 0), j), (min(i + 1, h - 1), j), (i, max(j - 1, 0)), (i, min(j + 1, w - 1))]
+                    in_others = 4 * sums[i, j] + sum(sums[at] for at in beside) + 1024
+                    activity = around + 2 * (in_others // (8 * (counts[i, j] + 8)))
+                    k = indexes[levels[i, j], c]
+                    residual = rans.symbol(128 + min(max(k + round(4 * math.log2(activity / 48)), 0), 63))
+                    z[c, i + 1, j + 1] = predicted + residual
+                    near[i + 1, j + 1] = min((abs(residual) << 20) // max(means[k], 4096), 96)
+            counting = np.array(means)[indexes[levels, c]] >= 4096
+            counts += counting
+            sums += counting * near[1:, 1:-1]
         return z[:, 1:, 1:-1]
 
     def _half(
@@ -100,16 +119,16 @@ class ReferenceDecoder:
         rows = self._layer(f"{name}.indexes", inputs, q, high=63) * in_use
         levels = np.zeros_like(means)
         rans.begin()
-        num_coded, states = 0, [0] * 8
+        num_coded, states = 0, [0] * 4
         for i, j in np.ndindex(q.shape):
             for c in range(parity[i, j], self.num_channels, 2):
                 if rows[c, i, j] >= 6:
-                    state = states[num_coded % 8]
-                    odd = (state & 0x71).bit_count() % 2
+                    state = states[num_coded % 4]
+                    odd = (state & 0x375).bit_count() % 2
                     symbol = rans.symbol(int(rows[c, i, j]) + 64 * odd)
                     levels[c, i, j] = 2 * symbol - odd * np.sign(symbol)
-                    bit = (symbol + odd + (state & 0x107).bit_count()) % 2
-                    states[num_coded % 8] = (2 * state + bit) % 512
+                    bit = (symbol + odd + (state & 0x691).bit_count()) % 2
+                    states[num_coded % 4] = (2 * state + bit) % 2048
                     num_coded += 1
         return 5 * levels + np.sign(levels) + means + coarse
 
@@ -133,15 +152,19 @@ class ReferenceDecoder:
 
 class _Rans:
     def __init__(self, string: bytes, num_lanes: int, arrays: dict[str, NDArray[Any]]) -> None:
-        words = np.frombuffer(string, "<u2").astype(int).tolist()
-        self._states = [words[2 * k] | words[2 * k + 1] << 16 for k in range(num_lanes)]
-        self._words = iter(words[2 * num_lanes :])
+        self._states = [int.from_bytes(string[5 * k : 5 * k + 5], "little") for k in range(num_lanes)]
+        self._words = iter(np.frombuffer(string, "<u2", offset=5 * num_lanes).astype(int).tolist())
         self._cdf, self._start, self._radius = (arrays[f"tables.{k}"].astype(int) for k in ("cdf", "start", "radius"))
         self._num_symbols = 0
 
     def begin(self) -> None:
         """A segment starts at lane 0."""
         self._num_symbols = 0
+
+    def mean_magnitude(self, row: int) -> int:
+        """Times 65536."""
+        cdf, radius = self._cdf[self._start[row] : self._start[row + 1]], int(self._radius[row])
+        return sum(abs(k - radius) * int(cdf[k + 1] - cdf[k]) for k in range(2 * radius + 1))
 
     def symbol(self, row: int) -> int:
         lane = self._num_symbols % len(self._states)
@@ -151,7 +174,7 @@ class _Rans:
         slot = x % 65536
         k = int(np.searchsorted(cdf, slot, side="right")) - 1
         x = int(cdf[k + 1] - cdf[k]) * (x >> 16) + slot - int(cdf[k])
-        if x < 65536:
+        if x < 2**24:
             x = x << 16 | next(self._words)
         value = k - int(self._radius[row])
         if value == self._radius[row] + 1:  # the escape
@@ -161,7 +184,7 @@ class _Rans:
         return value
 
     def finish(self) -> None:
-        assert all(x == 65536 for x in self._states) and next(self._words, None) is None
+        assert all(x == 2**24 for x in self._states) and next(self._words, None) is None
 
 
 def _quality_map(rans: _Rans, scale: int, h: int, w: int) -> Ints:

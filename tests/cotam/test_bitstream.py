@@ -47,7 +47,7 @@ def test_overhead_is_at_most_16_bytes(stream: Bitstream) -> None:
 
 
 def test_bytes_are_pinned() -> None:
-    assert pack(EXAMPLE).hex() == "05010203040e008006800485746865206c6174656e7473dbfe6dac"
+    assert pack(EXAMPLE).hex() == "06010203040e008006800485746865206c6174656e7473e6c788da"
 
 
 def test_every_truncation_and_every_flipped_bit_is_noticed() -> None:
@@ -67,14 +67,14 @@ def test_every_truncation_and_every_flipped_bit_is_noticed() -> None:
     [
         (b"", "too short: 4 bytes"),
         (bytes([VERSION + 1]) + bytes(20), f"version {VERSION + 1}, this decoder reads version {VERSION}"),
-        (b"\x05mode\x40\x00\x01\x01", "unknown flags 0x40"),
-        (b"\x05mode\x00\x00\x00\x01", "impossible size of 0x1 pixels"),
-        (b"\x05mode\x00\x00\xff\xff\xff\xff\x0f\x01", "impossible size of 4294967295x1 pixels"),
-        (b"\x05mode\x00\x00\x80\x80\x04\x80\x80\x04", "65536x65536 pixels, over the limit of 67108864 pixels"),
-        (b"\x05mode\x00\x00\x81\x00\x01", "malformed number"),
-        (b"\x05mode\x00\x00\xff\xff\xff\xff\xff\xff\x01", "malformed number"),
-        (b"\x05mode\x00\x00\x01\x80", "malformed number"),
-        (b"\x05mode\x04\x00\x01\x01", "ends before its quality map"),
+        (b"\x06mode\x40\x00\x01\x01", "unknown flags 0x40"),
+        (b"\x06mode\x00\x00\x00\x01", "impossible size of 0x1 pixels"),
+        (b"\x06mode\x00\x00\xff\xff\xff\xff\x0f\x01", "impossible size of 4294967295x1 pixels"),
+        (b"\x06mode\x00\x00\x80\x80\x04\x80\x80\x04", "65536x65536 pixels, over the limit of 67108864 pixels"),
+        (b"\x06mode\x00\x00\x81\x00\x01", "malformed number"),
+        (b"\x06mode\x00\x00\xff\xff\xff\xff\xff\xff\x01", "malformed number"),
+        (b"\x06mode\x00\x00\x01\x80", "malformed number"),
+        (b"\x06mode\x04\x00\x01\x01", "ends before its quality map"),
     ],
 )
 def test_errors_name_what_is_wrong(body: bytes, message: str) -> None:

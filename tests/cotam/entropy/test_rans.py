@@ -82,11 +82,11 @@ def test_round_trip(segments: list[list[tuple[int, int]]], lanes_log2: int | Non
 
 
 @pytest.mark.parametrize("lanes_log2", range(MAX_LANES_LOG2 + 1))
-def test_code_length_is_within_half_a_percent_of_the_entropy(lanes_log2: int) -> None:
+def test_code_length_is_that_of_the_entropy(lanes_log2: int) -> None:
     symbols, rows = _latent_like(400_000)
     string, _ = CODER.encode([(symbols, rows)], lanes_log2)
-    state_bits = 8 * (4 << lanes_log2)
-    assert len(string) * 8 - state_bits < 1.005 * _cross_entropy_bits(symbols, rows)
+    state_bits = 8 * (5 << lanes_log2)
+    assert len(string) * 8 - state_bits < 1.0002 * _cross_entropy_bits(symbols, rows)
 
 
 @pytest.mark.parametrize("kind", [0, 1, 2], ids=["even levels", "odd levels", "hyper-latent"])
@@ -140,9 +140,9 @@ def test_bytes_are_pinned() -> None:
     segments = list(zip(np.split(symbols, [7, 1000]), np.split(rows, [7, 1000]), strict=True))
 
     short, _ = coder.encode([(symbols[1:9], rows[1:9])], lanes_log2=0)
-    assert short.hex() == "ed1ef6006b38fe7f2a10"
+    assert short.hex() == "b61d660a012044fe7f5e03"
     digests = [hashlib.sha256(coder.encode(segments, lanes_log2)[0]).hexdigest()[:16] for lanes_log2 in range(4)]
-    assert digests == ["1814e778e58bc74c", "62e238ce84e85626", "3a5f4793606a1250", "fb1ca69d9fa5af81"]
+    assert digests == ["8e59b60014510f05", "48470536b62225b1", "b480cfd75885fa32", "9b9111c65b43437d"]
 
 
 @pytest.mark.parametrize(
