@@ -165,7 +165,7 @@ def _encode(symbols, rows, words, at, states, entries, centre, radius):  # type:
         words[np.uint64(at - 1)] = x
         at -= full
         x >>= np.uint64(full) << np.uint64(4)
-        # Rounded down as it should be: quotients have 40 bits, and no fraction of 1 / frequency less than one is lost.
+        # Exact: x has 40 bits, so its quotient is never so near to the next whole number that float64 rounds up to it.
         quotient = np.uint64(np.int64(np.float64(np.int64(x)) / np.float64(np.int64(frequency))))
         states[i & last_lane] = (quotient << _WORD_BITS) + x - quotient * frequency + (entry & _WORD)
     return at

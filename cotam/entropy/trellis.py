@@ -52,8 +52,8 @@ _WINDOW_STEPS = _BLOCK_STEPS + _LOOKAHEAD_STEPS
 _STEPS_MASK = 2 * _BLOCK_STEPS - 1  # takes nothing from the number of a step in a window
 _SHARED_SIZE = 2**15  # halves with fewer elements are not worth the threads
 _HALF, _EIGHTH = NUM_STATES // 2, NUM_STATES // 16
-# Totals are uint8, of which a vector holds most; so many make a squared error of one unit. One that is at the largest
-# stays there: a way so much worse than the best will not be taken. All this costs 0.03 % of the bits.
+# Totals are uint8, of which a vector holds most; so many make a squared error of one unit. They are cut off at their
+# largest: a way so much worse than the best is hardly ever taken. All this costs 0.03 % of the bits.
 _COST_UNIT = np.float32(80)
 _LARGEST_TOTAL = np.uint8(255)
 _RESET_STEPS = 16  # the least total becomes 0 so often
