@@ -47,79 +47,105 @@ class HyperRows:
             frequencies = np.diff(tables.cdf[tables.start[row] : tables.start[row + 1]].astype(np.int64))[:-1]
             radius = int(tables.radius[row])
             units.append(int(frequencies @ np.abs(np.arange(-radius, radius + 1))))
-        self._counted = np.array([unit >= _LEAST_UNIT for unit in units], dtype=np.int64)
-        self._units = np.maximum(units, _LEAST_UNIT)
+        self._counted = np.array([unit >= _LEAST_UNIT for unit in units], dtype=np.int32)
+        sizes = np.arange(_LARGEST * max(units) // (_EXPECTED << PRECISION_BITS) + 2)  # all larger ones count alike
+        magnitudes = (sizes * _EXPECTED << PRECISION_BITS) // np.maximum(units, _LEAST_UNIT)[:, None]
+        self._magnitudes = np.minimum(magnitudes, _LARGEST).astype(np.uint8)
 
     def rows(self, residuals: NDArray[np.int16], indexes: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Rows, uint8 (C, hz, wz), of ``residuals`` with scale ``indexes``, both of that shape."""
-        rows: NDArray[np.uint8] = _rows(residuals, indexes, self._units, self._counted)
+        rows: NDArray[np.uint8] = _rows(residuals, indexes, self._magnitudes, self._counted)
         return rows
 
     def decode(self, decoder: RansDecoder, indexes: NDArray[np.uint8]) -> NDArray[np.int16]:
         """The residuals, int16 (C, hz, wz), that are the decoder's next segment. Raises RansError."""
         residuals = np.zeros(indexes.shape, dtype=np.int16)
-        decoder.decode_with(_decode, indexes, self._units, self._counted, residuals)
+        decoder.decode_with(_decode, indexes, self._magnitudes, self._counted, residuals)
         return residuals
 
 
 @compiled
-def _rows(residuals, indexes, units, counted):  # type: ignore[no-untyped-def]
+def _rows(residuals, indexes, magnitudes, counted):  # type: ignore[no-untyped-def]
     channels, height, width = residuals.shape
     rows = np.empty(residuals.shape, dtype=np.uint8)
-    magnitudes = np.zeros((height, width), dtype=np.int64)
-    sums, counts = np.zeros_like(magnitudes), np.zeros_like(magnitudes)
+    near = np.zeros((height + 1, width + 2), dtype=np.int32)
+    inverse_weights = _inverse_weights(height, width)
+    sums, counts = np.zeros((height, width), dtype=np.int32), np.zeros((height, width), dtype=np.int32)
+    before = np.zeros((height, width), dtype=np.int32)
     for c in range(channels):
+        _sum_up(sums, counts, before)
         for i in range(height):
             for j in range(width):
-                rows[c, i, j] = _row(indexes[c, i, j], magnitudes, sums, counts, i, j)
-                magnitudes[i, j] = _magnitude(residuals[c, i, j], units[indexes[c, i, j]])
-        _count(indexes[c], counted, magnitudes, sums, counts)
+                index = indexes[c, i, j]
+                rows[c, i, j] = _row(index, near, inverse_weights, before, i, j)
+                near[i + 1, j + 1] = _magnitude(magnitudes, index, residuals[c, i, j])
+        _count(indexes[c], counted, near[1:, 1:], sums, counts)
     return rows
 
 
 @compiled
-def _decode(words, at, states, entries, prefix, indexes, units, counted, residuals):  # type: ignore[no-untyped-def]
+def _decode(words, at, states, entries, prefix, indexes, magnitudes, counted, residuals):  # type: ignore[no-untyped-def]
     channels, height, width = residuals.shape
     num_words, last_lane = len(words) - 2, np.uint64(len(states) - 1)
-    magnitudes = np.zeros((height, width), dtype=np.int64)
-    sums, counts = np.zeros_like(magnitudes), np.zeros_like(magnitudes)
+    near = np.zeros((height + 1, width + 2), dtype=np.int32)
+    inverse_weights = _inverse_weights(height, width)
+    sums, counts = np.zeros((height, width), dtype=np.int32), np.zeros((height, width), dtype=np.int32)
+    before = np.zeros((height, width), dtype=np.int32)
     k = np.uint64(0)
     for c in range(channels):
+        _sum_up(sums, counts, before)
         for i in range(height):
             for j in range(width):
-                row = np.uint64(_row(indexes[c, i, j], magnitudes, sums, counts, i, j))
+                index = indexes[c, i, j]
+                row = np.uint64(_row(index, near, inverse_weights, before, i, j))
                 at, x, symbol = pop_symbol(words, at, states[k & last_lane], row, entries, prefix)
                 if at > num_words:
                     return at
                 states[k & last_lane] = x
                 k += np.uint64(1)
                 residuals[c, i, j] = symbol
-                magnitudes[i, j] = _magnitude(symbol, units[indexes[c, i, j]])
-        _count(indexes[c], counted, magnitudes, sums, counts)
+                near[i + 1, j + 1] = _magnitude(magnitudes, index, symbol)
+        _count(indexes[c], counted, near[1:, 1:], sums, counts)
     return at
 
 
 @compiled
-def _row(index, magnitudes, sums, counts, i, j):  # type: ignore[no-untyped-def]
-    height, width = sums.shape
-    near, weight = 2 * _EXPECTED, 2
-    if i > 0:
-        near, weight = near + 2 * magnitudes[i - 1, j], weight + 2
-        if j > 0:
-            near, weight = near + magnitudes[i - 1, j - 1], weight + 1
-        if j + 1 < width:
-            near, weight = near + magnitudes[i - 1, j + 1], weight + 1
-    if j > 0:
-        near, weight = near + 2 * magnitudes[i, j - 1], weight + 2
-    before = 4 * sums[i, j] + sums[max(i - 1, 0), j] + sums[min(i + 1, height - 1), j]
-    before += sums[i, max(j - 1, 0)] + sums[i, min(j + 1, width - 1)] + 8 * _EXPECTED * _CHANNELS_FIRST
-    activity = near // weight + 2 * (before // (8 * (counts[i, j] + _CHANNELS_FIRST)))
-    return Z_ROWS + min(max(np.int64(index) + _SHIFTS[activity], 0), NUM_SCALES - 1)
+def _row(index, near, inverse_weights, before, i, j):  # type: ignore[no-untyped-def]
+    """Of the element at (i, j) of a channel, whose magnitudes are known up to there: ``near``, in a border of zeros."""
+    k, one, two = np.uint64(j), np.uint64(1), np.uint64(2)
+    above, own = near[np.uint64(i)], near[np.uint64(i) + one]
+    total = above[k] + above[k + two] + 2 * (above[k + one] + own[k]) + 2 * _EXPECTED
+    activity = (total * inverse_weights[np.uint64(i), k] >> 16) + 2 * before[np.uint64(i), k]
+    return Z_ROWS + min(max(np.int64(index) + _SHIFTS[np.uint64(activity)], 0), NUM_SCALES - 1)
 
 
 @compiled
-def _magnitude(residual, unit):  # type: ignore[no-untyped-def]
-    return min((abs(np.int64(residual)) * _EXPECTED << PRECISION_BITS) // unit, _LARGEST)
+def _inverse_weights(height, width):  # type: ignore[no-untyped-def]
+    """2^16 by the weights of what is inside of the grid, rounded up: exact for sums this small."""
+    inverse = np.empty((height, width), dtype=np.int32)
+    for i in range(height):
+        for j in range(width):
+            above = 2 + (j > 0) + (j + 1 < width) if i > 0 else 0
+            inverse[i, j] = (1 << 16) // (2 + above + 2 * (j > 0)) + 1
+    return inverse
+
+
+@compiled
+def _magnitude(magnitudes, index, residual):  # type: ignore[no-untyped-def]
+    return magnitudes[index, min(abs(np.int64(residual)), magnitudes.shape[1] - 1)]
+
+
+@compiled
+def _sum_up(sums, counts, before):  # type: ignore[no-untyped-def]
+    """What the channels before a channel say about its positions."""
+    height, width = sums.shape
+    for i in range(height):
+        above, below = max(i - 1, 0), min(i + 1, height - 1)
+        for j in range(width):
+            left, right = max(j - 1, 0), min(j + 1, width - 1)
+            around = sums[above, j] + sums[below, j] + sums[i, left] + sums[i, right]
+            total = np.int32(4 * sums[i, j] + around + 8 * _EXPECTED * _CHANNELS_FIRST)
+            before[i, j] = total // np.int32(8 * (counts[i, j] + _CHANNELS_FIRST))
 
 
 @compiled

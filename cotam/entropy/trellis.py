@@ -96,7 +96,7 @@ def quantise(residuals: NDArray[np.float32], rows: NDArray[np.uint8], num_thread
         num_threads: how many share the images, or the paths of an image.
     """
     levels = np.zeros(residuals.shape, dtype=np.int16)
-    shares = min(num_threads, NUM_PATHS) if len(levels) < num_threads and levels[0].size >= _SHARED_SIZE else 1
+    shares = NUM_PATHS if len(levels) < num_threads and levels[0].size >= _SHARED_SIZE else 1
 
     def search(image: int, share: int) -> None:
         arrays = residuals[image].ravel(), rows[image].ravel(), levels[image].reshape(-1)
