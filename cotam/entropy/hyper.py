@@ -68,10 +68,7 @@ class HyperRows:
 def _rows(residuals, indexes, magnitudes, counted):  # type: ignore[no-untyped-def]
     channels, height, width = residuals.shape
     rows = np.empty(residuals.shape, dtype=np.uint8)
-    near = np.zeros((height + 1, width + 2), dtype=np.int32)
-    inverse_weights = _inverse_weights(height, width)
-    sums, counts = np.zeros((height, width), dtype=np.int32), np.zeros((height, width), dtype=np.int32)
-    before = np.zeros((height, width), dtype=np.int32)
+    near, inverse_weights, sums, counts, before = _start(height, width)
     for c in range(channels):
         _sum_up(sums, counts, before)
         for i in range(height):
@@ -87,10 +84,7 @@ def _rows(residuals, indexes, magnitudes, counted):  # type: ignore[no-untyped-d
 def _decode(words, at, states, entries, prefix, indexes, magnitudes, counted, residuals):  # type: ignore[no-untyped-def]
     channels, height, width = residuals.shape
     num_words, last_lane = len(words) - 2, np.uint64(len(states) - 1)
-    near = np.zeros((height + 1, width + 2), dtype=np.int32)
-    inverse_weights = _inverse_weights(height, width)
-    sums, counts = np.zeros((height, width), dtype=np.int32), np.zeros((height, width), dtype=np.int32)
-    before = np.zeros((height, width), dtype=np.int32)
+    near, inverse_weights, sums, counts, before = _start(height, width)
     k = np.uint64(0)
     for c in range(channels):
         _sum_up(sums, counts, before)
@@ -120,14 +114,14 @@ def _row(index, near, inverse_weights, before, i, j):  # type: ignore[no-untyped
 
 
 @compiled
-def _inverse_weights(height, width):  # type: ignore[no-untyped-def]
-    """2^16 by the weights of what is inside of the grid, rounded up: exact for sums this small."""
-    inverse = np.empty((height, width), dtype=np.int32)
+def _start(height, width):  # type: ignore[no-untyped-def]
+    """``near``, and for each position 2^16 by the weights inside of the grid, ``sums``, ``counts`` and ``before``."""
+    near, inverse = np.zeros((height + 1, width + 2), dtype=np.int32), np.empty((height, width), dtype=np.int32)
     for i in range(height):
         for j in range(width):
             above = 2 + (j > 0) + (j + 1 < width) if i > 0 else 0
-            inverse[i, j] = (1 << 16) // (2 + above + 2 * (j > 0)) + 1
-    return inverse
+            inverse[i, j] = (1 << 16) // (2 + above + 2 * (j > 0)) + 1  # rounded up: exact for sums this small
+    return near, inverse, np.zeros_like(inverse), np.zeros_like(inverse), np.zeros_like(inverse)
 
 
 @compiled

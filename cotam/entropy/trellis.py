@@ -4,7 +4,7 @@ Reconstruction levels n are whole numbers that lie closer together than those of
 Two quantisers share them: one has the even levels, the other the odd ones and 0. Which of them an element has depends
 on the symbols before it, by a machine of 2048 states, so that a decoder knows it; an encoder takes, of all the ways
 through the machine, the one with the least distortion plus rate (Viterbi's algorithm). Against one quantiser with a
-dead zone this saves 9 % of the bits; with 8 states it would be 5 %, with 64 7 %.
+dead zone this saves some 9 % of the bits; with 8 states it would be 5 %, with 64 7 %.
 
 The coded elements of a half of ``y``, i = 0, 1, ... (cotam.entropy.skip), are dealt to NUM_PATHS paths, i mod
 NUM_PATHS, each with a machine of its own that starts in state 0: no symbol waits for the one just before it.

@@ -95,7 +95,7 @@ def _precision(x: Tensor, low: bool) -> AbstractContextManager[object]:
 
 
 def _exactly(linear: nn.Module, x: Tensor) -> Tensor:
-    """A linear path in float32, whatever is set outside: in bfloat16 it is off by 0.3 of a squared error of 8 bits."""
+    """A linear path in float32, whatever is set outside: bfloat16 in both costs 0.08 in squared error of 8 bits."""
     with torch.autocast(x.device.type, enabled=False):
         result: Tensor = linear(x.float())
     return result
