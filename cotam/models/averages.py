@@ -51,7 +51,8 @@ class SearchAverages(NamedTuple):
                 little depends on which others are on its path.
         """
         rng = np.random.default_rng(0)
-        rows = np.resize(rows, _SAMPLES)
+        every = np.arange(NUM_SKIPPED_SCALES, NUM_SCALES, dtype=np.uint8)
+        rows = np.resize(rows if len(rows) else every, _SAMPLES)  # a model that codes nothing yet has none
         of_any_scale = rng.random(_SAMPLES) < _PROBES
         rows[of_any_scale] = rng.integers(NUM_SKIPPED_SCALES, NUM_SCALES, np.count_nonzero(of_any_scale), np.uint8)
         residuals = rng.standard_normal(_SAMPLES, np.float32) * scales().astype(np.float32)[rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from cotam.train.config import CodecTrainConfig
 from cotam.train.data import crop_loader, eval_crops, random_quality_maps
 from cotam.train.gains import tune_gains
 from cotam.train.levels import match_levels
+from cotam.train.pool import ImagePool
 from cotam.train.rates import count_symbols, segments_of
 from cotam.train.trainer import Trainer
 
@@ -52,7 +54,7 @@ class CodecTrainer(Trainer[CodecModel, Tensor]):
         torch.manual_seed(self.seed)  # noise that no other rank draws
         low, high = config.qualities or (1, config.model.num_levels)
         self._span = round((low - 1) * Q_STEPS), round((high - 1) * Q_STEPS)
-        self._maps = torch.Generator().manual_seed(self.seed)
+        self._maps = torch.Generator(self.device).manual_seed(self.seed)
         self._evaluation = eval_crops(config.data) if config.data.evaluation and self.rank == 0 else None
 
     def batches(self) -> Iterator[Tensor]:
@@ -61,7 +63,14 @@ class CodecTrainer(Trainer[CodecModel, Tensor]):
 
     def _crops(self, seed: int) -> Iterator[Tensor]:
         config, data = self.config, self.config.data
+        if data.on_device:
+            return self._pool.batches(config.batch_size, seed)
         return crop_loader(list(data.train), config.crop_px, config.batch_size, seed, data.num_workers)
+
+    @functools.cached_property
+    def _pool(self) -> ImagePool:
+        data = self.config.data
+        return ImagePool.load(list(data.train), self.config.crop_px, self.device, data.num_workers)
 
     def losses(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Rate and distortion at random qualities."""
@@ -78,7 +87,7 @@ class CodecTrainer(Trainer[CodecModel, Tensor]):
         return rate_distortion_loss(out, x, q, self.lmbdas), shown
 
     def _random_maps(self, batch_size: int, side: int, generator: torch.Generator) -> Tensor:
-        return random_quality_maps(batch_size, side, self._span, self.config.uniform, generator).to(self.device)
+        return random_quality_maps(batch_size, side, self._span, self.config.uniform, generator)
 
     @torch.no_grad()
     def evaluate(self) -> list[dict[str, Any]]:
@@ -122,7 +131,7 @@ class CodecTrainer(Trainer[CodecModel, Tensor]):
 
     def _segments(self, num_crops: int) -> Iterator[Segment]:
         side = self.config.crop_px // LATENT_STRIDE
-        maps = torch.Generator().manual_seed(self.config.seed)
+        maps = torch.Generator(self.device).manual_seed(self.config.seed)
         self.ema.freeze()
         for batch in self._same_crops(num_crops):
             q = self._random_maps(len(batch), side, maps)

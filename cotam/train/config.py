@@ -16,7 +16,9 @@ class DataConfig:
         train: WebDataset tars, paths or URLs, braces allowed.
         evaluation: tars held out from training; empty to skip evaluation.
         num_eval_images: how many images of ``evaluation`` are used, each cropped to ``eval_crop_px``.
-        num_workers: loader processes.
+        num_workers: loader processes, or threads where ``on_device``.
+        on_device: hold all training images in the device's memory, some 8 bytes a pixel, and cut crops there: for a GPU
+            that takes more crops than processes make. Only for the codec.
     """
 
     train: tuple[str, ...] = ()
@@ -24,6 +26,7 @@ class DataConfig:
     num_eval_images: int = 32
     eval_crop_px: int = 256
     num_workers: int = 1
+    on_device: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

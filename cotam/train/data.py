@@ -7,6 +7,7 @@ import logging
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import braceexpand
 import numpy as np
@@ -54,15 +55,7 @@ class CropDataset(IterableDataset[Tensor]):
     def _crops(self, rng: random.Random) -> Iterator[Tensor]:
         size = self.crop_px
         while True:
-            dataset = wds.WebDataset(
-                self.urls,
-                shardshuffle=100,
-                seed=rng.randrange(2**31),
-                nodesplitter=iter,  # every rank and worker reads every tar, in an order of its own
-                workersplitter=iter,
-                empty_check=False,
-                handler=_go_on,
-            )
+            dataset = open_tars(self.urls, shardshuffle=100, seed=rng.randrange(2**31))  # each worker in an own order
             produced = False
             for data in image_members(dataset.shuffle(200, rng=rng)):
                 image = decode_rgb(data)
@@ -94,28 +87,37 @@ def crop_loader(urls: Sequence[str], crop_px: int, batch_size: int, seed: int, n
 def random_quality_maps(
     batch_size: int, side: int, span: tuple[int, int], uniform: float, generator: torch.Generator
 ) -> Tensor:
-    """Quality index maps in ``span``, float integers (B, 1, side, side): a share uniform, others patchy or gradual."""
+    """Quality index maps in ``span``, float integers (B, 1, side, side): a share uniform, others patchy or gradual.
+
+    They are drawn, and come out, on the device of ``generator``.
+    """
     low, size = span[0], span[1] - span[0] + 1
 
     def draw(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator)
+        return torch.rand(batch_size, *shape, generator=generator, device=generator.device)
 
-    maps = []
-    for _ in range(batch_size):
-        if draw(1).item() < uniform:
-            maps.append((low + size * draw(1, 1, 1)).floor().expand(1, side, side))
-            continue
-        if draw(1).item() < 0.5:
-            cells = int(torch.randint(2, 5, (1,), generator=generator))
-            pattern = F.interpolate(draw(1, 1, cells, cells), size=(side, side))[0]
-        else:
-            corners = draw(1, 1, 2, 2)
-            pattern = F.interpolate(corners, size=(side, side), mode="bilinear", align_corners=True)[0]
-        spread = size * draw(1)
-        lowest = low + (size - spread) * draw(1)
-        peaked = pattern ** (1 + 2 * draw(1))  # what is important is mostly small
-        maps.append((lowest + spread * peaked).floor().clamp(*span))
-    return torch.stack(maps)
+    def shares() -> Tensor:
+        return draw(1, 1, 1)
+
+    corners = draw(1, 2, 2)
+    gradual = F.interpolate(corners, size=(side, side), mode="bilinear", align_corners=True)
+    patchy = [F.interpolate(draw(1, cells, cells), size=(side, side)) for cells in (2, 3, 4)]
+    kind = shares()
+    pattern = gradual
+    for k, patches in enumerate(patchy):
+        pattern = torch.where((kind >= k / 6) & (kind < (k + 1) / 6), patches, pattern)
+    spread = size * shares()
+    lowest = low + (size - spread) * shares()
+    peaked = pattern ** (1 + 2 * shares())  # what is important is mostly small
+    maps = torch.where(shares() < uniform, low + size * shares(), lowest + spread * peaked)
+    return maps.floor().clamp_(*span)
+
+
+def open_tars(urls: Sequence[str], **options: Any) -> wds.WebDataset:
+    """The samples of all tars, for every rank and worker that asks; one that is cut, missing or none is passed over."""
+    return wds.WebDataset(
+        list(urls), nodesplitter=iter, workersplitter=iter, empty_check=False, handler=_go_on, **options
+    )
 
 
 def image_members(dataset: wds.WebDataset) -> Iterator[bytes]:

@@ -22,6 +22,7 @@ from cotam.bitstream import MAX_TIERS
 from cotam.errors import one_line
 from cotam.importance import Attention
 from cotam.models.codec_model import CodecModel
+from cotam.models.growth import can_grow, grown
 from cotam.models.narrow import split_off
 from cotam.train.config import AdapterTrainConfig, ClipTrainConfig, CodecTrainConfig, Schedule, VlmTrainConfig
 from cotam.train.trainer import Trainer
@@ -37,8 +38,9 @@ def train_codec(config: CodecTrainConfig, out: Path, device: str | None = None, 
         config: the run.
         out: local folder; afterwards it holds checkpoint.pt, log.jsonl, codec.safetensors and codec.md.
         device: "cpu" or "cuda"; None takes CUDA where there is one.
-        init: name, path or URI of a codec to start from, whose shape is kept. Its levels become ``config``'s; with
-            ``config.qualities`` only the model of that range is trained, or split off, and exported beside the others.
+        init: name, path or URI of a codec to start from, whose shape is kept, unless ``config`` has the same with
+            larger bodies (``cotam.models.growth``). Its levels become ``config``'s; with ``config.qualities`` only the
+            model of that range is trained, or split off, and exported beside the others.
 
     Returns:
         The path of the exported weights.
@@ -80,6 +82,10 @@ def _range(config: CodecTrainConfig) -> tuple[float, float]:
 def _codec_to_start_from(init: str, config: CodecTrainConfig) -> tuple[CodecModel, Sequence[TierWeights]]:
     """The model to train further, and the tiers that it will be exported beside: none where the levels are new."""
     loaded = parse_codec(read_weights(init), init)
+    if can_grow(loaded.config, config.model):
+        if config.qualities:
+            raise ValueError(f"{init} is smaller: a model for all qualities grows first, without qualities in the file")
+        return grown(loaded.tiers[-1].model, config.model), ()
     if loaded.config.lmbdas != config.model.lmbdas:
         if config.qualities:
             raise ValueError(f"{init} has other lmbdas: a model for some qualities keeps those of the whole codec")

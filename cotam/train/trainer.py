@@ -152,9 +152,10 @@ class Trainer(ABC, Generic[M, B]):
 
     def _agreed(self, is_due: bool) -> tuple[float, bool]:
         """Progress, and whether a checkpoint is due: clocks differ, and all ranks have to do the same."""
+        if not dist.is_initialized():
+            return self.progress(), is_due  # a GPU is not waited for
         values = torch.tensor([self.progress(), is_due], device=self.device)
-        if dist.is_initialized():
-            dist.broadcast(values, 0)
+        dist.broadcast(values, 0)
         progress, due = values.tolist()
         return progress, bool(due)
 
@@ -167,9 +168,12 @@ class Trainer(ABC, Generic[M, B]):
         self.model.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.schedule.grad_clip)
-        if torch.isfinite(norm):  # a rare overflow costs one step, not the run
-            for optimizer in self._optimizers:
-                optimizer.step()
+        # A rare overflow costs one step, not the run; it is not asked for, as a GPU would be waited for.
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(~torch.isfinite(norm), 0)
+        for optimizer in self._optimizers:
+            optimizer.step()
         self.step += 1
         self._update_ema()
         return {"loss": loss.detach(), **shown}

@@ -200,7 +200,8 @@ def test_a_run_of_two_processes_goes_on_in_one_and_back(config: CodecTrainConfig
     Codec.load(str(out / "codec.safetensors"))
 
 
-def test_what_is_no_image_does_not_end_a_training(config: CodecTrainConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("on_device", [False, True], ids=["processes", "on the device"])
+def test_what_is_no_image_does_not_end_a_training(config: CodecTrainConfig, tmp_path: Path, on_device: bool) -> None:
     """A bomb, a damaged PNG, a caption alone and bad tars beside one photograph; three quality levels."""
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + header
@@ -218,7 +219,7 @@ def test_what_is_no_image_does_not_end_a_training(config: CodecTrainConfig, tmp_
     (tmp_path / "none.tar").write_bytes(b"<html>not found</html>" * 100)
     write_tar(tmp_path / "twice.tar", [("d.jpg", photo), ("d.jpg", photo)])
     train = (*tars, *(str(tmp_path / f"{name}.tar") for name in ("cut", "none", "twice")))
-    data = dataclasses.replace(config.data, train=train, evaluation=tars)
+    data = dataclasses.replace(config.data, train=train, evaluation=tars, on_device=on_device)
     model = dataclasses.replace(SMALL, lmbdas=(0.001, 0.01, 0.1), M_levels=(8, 16, 32))
     records: list[dict[str, Any]] = []
     CodecTrainer(dataclasses.replace(config, data=data, model=model), tmp_path / "run").run(records.append)
