@@ -56,14 +56,15 @@ def measure(codec: Codec, images: list[Path], qualities: list[float]) -> list[di
     return points
 
 
-def plot(points: list[dict[str, object]], curves: dict[str, dict[str, list[float]]], path: Path) -> None:
+def plot(results: list[dict[str, Any]], curves: dict[str, dict[str, list[float]]], path: Path) -> None:
     figure = Figure(figsize=(8, 5.6), layout="constrained")
     axes = figure.subplots()
     for name, curve in curves.items():
         axes.plot(curve["bpp"], curve["psnr_rgb"], ".-", lw=1, ms=4, alpha=0.75, label=NAMES.get(name, name))
-    axes.plot(
-        [p["bpp"] for p in points], [p["psnr_rgb"] for p in points], "o-", color="black", lw=2, label="cotam-base"
-    )
+    for k, result in enumerate(results):
+        points = [(p["bpp"], p["psnr_rgb"]) for p in result["points"]]
+        color, width = ("black", 2) if k == 0 else ("crimson", 1.3)
+        axes.plot(*zip(*points, strict=True), "o-", color=color, lw=width, ms=2.5 * width, label=result["model"])
     axes.set(
         xlabel="bits per pixel",
         ylabel="PSNR RGB (dB)",
@@ -81,46 +82,70 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--curves", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--model", default="cotam-base")
+    parser.add_argument("--models", default="cotam-base,cotam-large")
     parser.add_argument("--qualities", default="1,2,3,4,5,6,7")
     arguments = parser.parse_args()
-    codec = Codec.load(arguments.model)
     images = sorted(arguments.images.glob("*.png"))
     curves = json.loads(arguments.curves.read_text())["curves"]
-    points = measure(codec, images, [float(q) for q in arguments.qualities.split(",")])
-    ours = [(p["bpp"], p["psnr_rgb"]) for p in points]
-    tiers = [(tier.lowest_quality, tier.highest_quality) for tier in codec.tiers]
-    rates = {
-        name: bd_rate(list(zip(c["bpp"], c["psnr_rgb"], strict=True)), ours)  # type: ignore[arg-type]
-        for name, c in curves.items()
-    }
-    result = {
-        "model": arguments.model,
-        "sha256": codec.sha256,
-        "tiers": tiers,
-        "points": points,
-        "bd_rate_percent": rates,
-    }
+    qualities = [float(q) for q in arguments.qualities.split(",")]
+    results = [result_of(name, images, curves, qualities) for name in arguments.models.split(",")]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(points, curves, arguments.out.with_suffix(".png"))
-    page = markdown(result, arguments.out.name)
+    arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    plot(results, curves, arguments.out.with_suffix(".png"))
+    page = markdown(results, arguments.out.name)
     arguments.out.with_suffix(".md").write_text(page)
     print(page)
 
 
-def markdown(result: dict[str, Any], name: str) -> str:
+def result_of(
+    model: str, images: list[Path], curves: dict[str, dict[str, list[float]]], qualities: list[float]
+) -> dict[str, Any]:
+    """The figures of one codec."""
+    codec = Codec.load(model)
+    print(model)
+    points = measure(codec, images, qualities)
+    ours = [(p["bpp"], p["psnr_rgb"]) for p in points]
+    rates = {
+        name: bd_rate(list(zip(c["bpp"], c["psnr_rgb"], strict=True)), ours)  # type: ignore[arg-type]
+        for name, c in curves.items()
+    }
+    tiers = [(tier.lowest_quality, tier.highest_quality) for tier in codec.tiers]
+    return {"model": model, "sha256": codec.sha256, "tiers": tiers, "points": points, "bd_rate_percent": rates}
+
+
+def markdown(results: list[dict[str, Any]], name: str) -> str:
     """The page that holds the figures."""
     lines = [
         "# Rate-distortion on Kodak",
         "",
         "Real bytes of whole bitstreams, PSNR over the RGB samples of the decoded 8-bit images, means over the 24",
-        f"images, one variable-rate codec: `{result['model']}`, sha256 `{result['sha256'][:16]}...`, with models for",
-        f"qualities {', '.join(f'{low:g} to {high:g}' for low, high in result['tiers'])}. Made by",
+        "images. Made by",
         "",
         "    python benchmarks/kodak.py --images KODAK --curves kodak_rd.json --out docs/rate-distortion",
         "",
         f"![Rate-distortion curves]({name}.png)",
+        "",
+        "BD-rate (PCHIP over the common range of PSNR; negative: fewer bits at equal PSNR) against curves that the",
+        "CompressAI project publishes for these images:",
+        "",
+        f"| against | {' | '.join(result['model'] for result in results)} |",
+        f"| --- |{' --- |' * len(results)}",
+    ]
+    for codec in results[0]["bd_rate_percent"]:
+        rates = " | ".join(f"{result['bd_rate_percent'][codec]:+.1f} %" for result in results)
+        lines.append(f"| {NAMES.get(codec, codec)} | {rates} |")
+    for result in results:
+        lines += ["", *_section(result)]
+    return "\n".join([*lines, ""])
+
+
+def _section(result: dict[str, Any]) -> list[str]:
+    """One codec's points."""
+    lines = [
+        f"## {result['model']}",
+        "",
+        f"One variable-rate codec, sha256 `{result['sha256'][:16]}...`, with models for qualities",
+        f"{', '.join(f'{low:g} to {high:g}' for low, high in result['tiers'])}.",
         "",
         "| quality | bpp | PSNR RGB (dB) | R | G | B | YCbCr 6:1:1 |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -128,19 +153,7 @@ def markdown(result: dict[str, Any], name: str) -> str:
     for p in result["points"]:
         values = " | ".join(f"{c:.2f}" for c in (p["psnr_rgb"], *p["psnr_per_channel"], p["psnr_ycbcr_611"]))
         lines.append(f"| {p['quality']:g} | {p['bpp']:.4f} | {values} |")
-    lines += [
-        "",
-        _monotone(result["points"]),
-        "",
-        "BD-rate (PCHIP over the common range of PSNR; negative: fewer bits at equal PSNR) against curves that the",
-        "CompressAI project publishes for these images:",
-        "",
-        "| against | BD-rate |",
-        "| --- | --- |",
-        *(f"| {NAMES.get(codec, codec)} | {rate:+.1f} % |" for codec, rate in result["bd_rate_percent"].items()),
-        "",
-    ]
-    return "\n".join(lines)
+    return [*lines, "", _monotone(result["points"])]
 
 
 def _monotone(points: list[dict[str, Any]]) -> str:

@@ -16,8 +16,14 @@ from tests.cotam.tiny_models import TinyModels, train_tiny_models
 
 @pytest.fixture(scope="session")
 def codec() -> Codec:
-    """The packaged codec."""
+    """The packaged codec that is the default."""
     return Codec.load()
+
+
+@pytest.fixture(scope="session", params=["cotam-base", "cotam-large"])
+def packaged_codec(request: pytest.FixtureRequest) -> Codec:
+    """Every packaged codec."""
+    return Codec.load(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -210,7 +210,8 @@ def test_any_size_round_trips(codec: Codec, photos: dict[str, RGBImage], size: t
     assert _psnr(decoded, image) > 25
 
 
-def test_quality_buys_fidelity_with_bytes(codec: Codec, photos: dict[str, RGBImage]) -> None:
+def test_quality_buys_fidelity_with_bytes(packaged_codec: Codec, photos: dict[str, RGBImage]) -> None:
+    codec = packaged_codec
     for image in photos.values():
         strings = [codec.encode(image[:144, :144], quality) for quality in (1, 1.25, 2, 3, 3.75, 4, 4.75, 5, 6, 7, 8)]
         num_bytes = [len(s) for s in strings]
@@ -231,8 +232,9 @@ def test_importance_moves_bits_to_where_it_is(codec: Codec, photos: dict[str, RG
     assert _psnr(steered[~inside], image[~inside]) < _psnr(uniform[~inside], image[~inside])
 
 
-def test_each_region_has_the_fidelity_of_its_own_quality(codec: Codec) -> None:
+def test_each_region_has_the_fidelity_of_its_own_quality(packaged_codec: Codec) -> None:
     """Quality 7 in a square, 1 around it: away from the seam as with 7, or 1, everywhere; and the bits follow."""
+    codec = packaged_codec
     image = np.ascontiguousarray(skimage.data.coffee()[:384, :576])
     region = np.zeros((24, 36))
     region[6:18, 10:26] = 1

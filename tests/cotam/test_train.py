@@ -277,8 +277,9 @@ def test_config_file_errors_name_the_key(tmp_path: Path, codec: Codec) -> None:
         file.write_text(f"model: {{lmbdas: {lmbdas}}}\n")
         with pytest.raises(ValueError, match="lmbdas must be two or more positive numbers that grow"):
             load_yaml(CodecTrainConfig, file)
-    packaged = Path(trainer_module.__file__).parent.parent / "configs/codec-base.yaml"
-    assert load_yaml(CodecTrainConfig, packaged).model == codec.config
+    configs = Path(trainer_module.__file__).parent.parent / "configs"
+    assert load_yaml(CodecTrainConfig, configs / "codec-base.yaml").model == codec.config
+    assert load_yaml(CodecTrainConfig, configs / "codec-large.yaml").model == Codec.load("cotam-large").config
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
