@@ -29,6 +29,7 @@ from cotam.models.codec_model import CodecModel
 from cotam.train import codec as trainer_module
 from cotam.train.codec import CodecTrainer
 from cotam.train.config import CodecTrainConfig, DataConfig
+from cotam.train.data import random_quality_maps
 from cotam.train.gains import RealCost, tune_gains
 from cotam.train.levels import _psnr, match_levels
 from cotam.train.rates import code_length, count_symbols, segments_of
@@ -356,3 +357,15 @@ def test_rates_are_those_of_the_coder(photos: dict[str, RGBImage]) -> None:
     tables = build_tables(counts)
     num_bytes = len(RansCoder(tables).encode(segments)[0])
     assert 0 < 8 * num_bytes - code_length(segments, tables) < 0.01 * 8 * num_bytes
+
+
+def test_quality_maps_stay_in_their_span_and_are_uniform_as_often_as_asked() -> None:
+    generator = torch.Generator().manual_seed(0)
+    maps = random_quality_maps(2000, 8, (5, 12), 0.4, generator)
+    assert maps.shape == (2000, 1, 8, 8)
+    assert maps.unique().tolist() == list(range(5, 13))
+    spread = maps.amax((1, 2, 3)) - maps.amin((1, 2, 3))
+    assert 0.4 < (spread == 0).float().mean() < 0.55  # a narrow map is uniform, too
+    first = maps[spread == 0][:, 0, 0, 0]
+    assert (torch.bincount(first.long())[5:] > 0.05 * len(first)).all()
+    assert (spread >= 4).float().mean() > 0.1
