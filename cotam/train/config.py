@@ -17,8 +17,8 @@ class DataConfig:
         evaluation: tars held out from training; empty to skip evaluation.
         num_eval_images: how many images of ``evaluation`` are used, each cropped to ``eval_crop_px``.
         num_workers: loader processes, or threads where ``on_device``.
-        on_device: hold all training images in the device's memory, some 8 bytes a pixel, and cut crops there: for a GPU
-            that takes more crops than processes make. Only for the codec.
+        on_device: hold all training images in the device's memory, some 8 bytes a pixel (16 while they are read), and
+            cut crops there: for a GPU that takes more crops than processes make.
     """
 
     train: tuple[str, ...] = ()

@@ -24,7 +24,7 @@ class ImagePool:
     Attributes:
         pixels: uint8 (P, 3), all of them, row by row.
         offsets, heights, widths: int64 (N,), where an image of a size starts, and its sides.
-        areas: float (N,), what crops are drawn in proportion to.
+        areas: float64 (N,), what crops are drawn in proportion to.
         crop_px: side of the crops; no image is smaller.
     """
 
@@ -57,7 +57,8 @@ class ImagePool:
         heights, widths = torch.tensor([part.shape[:2] for part in parts], device=device).T
         ends = (heights * widths).cumsum(0)
         pixels = torch.cat([part.flatten(0, 1) for part in parts])
-        return cls(pixels, ends - heights * widths, heights, widths, torch.tensor(areas, device=device), crop_px)
+        weights = torch.tensor(areas, dtype=torch.float64, device=device)
+        return cls(pixels, ends - heights * widths, heights, widths, weights, crop_px)
 
     def batches(self, batch_size: int, seed: int) -> Iterator[Tensor]:
         """Endless batches of random crops, half of them mirrored: uint8 (B, 3, crop_px, crop_px), channels last."""
