@@ -168,10 +168,11 @@ class Trainer(ABC, Generic[M, B]):
         self.model.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.schedule.grad_clip)
-        # A rare overflow costs one step, not the run; it is not asked for, as a GPU would be waited for.
+        # A rare overflow costs a step's gradients, not the run; to ask for it would be to wait for a GPU.
+        overflow = ~torch.isfinite(norm)
         for parameter in self.model.parameters():
             if parameter.grad is not None:
-                parameter.grad.masked_fill_(~torch.isfinite(norm), 0)
+                parameter.grad.masked_fill_(overflow, 0)
         for optimizer in self._optimizers:
             optimizer.step()
         self.step += 1

@@ -241,6 +241,25 @@ def test_training_lowers_the_loss(config: CodecTrainConfig, tmp_path: Path) -> N
     assert cost(records) < 0.99 * cost(first)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "soap"])
+def test_an_overflow_costs_a_steps_gradients_alone(
+    config: CodecTrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    trainer = CodecTrainer(dataclasses.replace(config, optimizer=optimizer, max_steps=6), tmp_path / "run")
+    losses, after_overflow = trainer.losses, []
+
+    def overflowing(batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if trainer.step == 4:
+            after_overflow.append(trainer.model.g_a.linear.weight.clone())
+        loss, shown = losses(batch)
+        return (loss * float("inf") if trainer.step == 3 else loss), shown
+
+    monkeypatch.setattr(trainer, "losses", overflowing)
+    trainer.run(lambda record: None)
+    assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
+    assert not torch.equal(trainer.model.g_a.linear.weight, after_overflow[0])
+
+
 def test_estimated_bits_are_those_of_the_bitstream(codec: Codec, photos: dict[str, RGBImage]) -> None:
     image = photos["astronaut"]
     x = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
