@@ -74,5 +74,6 @@ def _show(
         return
     low, high = scale or (None, None)
     shown = axes.imshow(image, vmin=low, vmax=high, cmap="viridis", interpolation="nearest")
+    axes.set_adjustable("datalim")  # the panel keeps its width, and its title has room, however narrow the image is
     if scale is not None:
         axes.figure.colorbar(shown, ax=axes, fraction=0.04)
