@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cotam.entropy.search import quantise
 from cotam.entropy.tables import LEVEL_STEP, NUM_SCALES, NUM_SKIPPED_SCALES, Tables, code_lengths, scales
-from cotam.entropy.trellis import LEVEL_OFFSET, coded_segment, quantise
+from cotam.entropy.trellis import LEVEL_OFFSET, coded_segment
 
 _LARGEST = 4.0  # magnitudes are measured up to here; beyond, all is as it was a whole number of levels before
 _PER_UNIT = 12  # nodes a unit of magnitude, between which everything is linear

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cotam.config import HYPER_STRIDE, LATENT_STRIDE, Q_STEPS, CodecConfig
+from cotam.entropy.search import estimated_bits, quantise
 from cotam.entropy.tables import LEVEL_STEP
-from cotam.entropy.trellis import MEAN_STEPS, estimated_bits, quantise, reconstruct
+from cotam.entropy.trellis import MEAN_STEPS, reconstruct
 from cotam.models.averages import SearchAverages
 from cotam.models.backbones import backbone
 from cotam.models.entropy_model import (

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cotam.entropy import trellis
+from cotam.entropy import search
 from cotam.entropy.rans import SYMBOL_MAX, RansCoder
+from cotam.entropy.search import estimated_bits, quantise
 from cotam.entropy.tables import LEVEL_STEP, NUM_SCALES, NUM_SKIPPED_SCALES, build_tables, level_mass, scales
 from cotam.entropy.trellis import (
     FOLLOWING,
@@ -23,8 +24,6 @@ from cotam.entropy.trellis import (
     ODD,
     coded_segment,
     decode_levels,
-    estimated_bits,
-    quantise,
     reconstruct,
 )
 
@@ -104,8 +103,8 @@ def test_the_search_finds_the_cheapest_of_all_symbols(
 def test_paths_stay_whole_whatever_is_searched(dearest: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rates that make every total as large as it gets, residuals of any size and that are no numbers."""
     rng = np.random.default_rng(5)
-    costs = [np.float32(dearest * rng.random(trellis_costs.shape)) for trellis_costs in trellis._costs()]
-    monkeypatch.setattr(trellis, "_costs", lambda: costs)
+    costs = [np.float32(dearest * rng.random(known.shape)) for known in search._costs()]
+    monkeypatch.setattr(search, "_costs", lambda: costs)
     for num_elements in (1, 7, NUM_PATHS * 10, NUM_PATHS * 5000 + 3):
         rows = rng.integers(NUM_SKIPPED_SCALES, NUM_SCALES, num_elements).astype(np.uint8)
         residuals = 10 * rng.standard_normal(num_elements).astype(np.float32)
@@ -120,7 +119,7 @@ def _cost(residual: float, row: int, symbol: int, odd: int) -> float:
     sign = int(np.sign(symbol))
     value = (2 * symbol - odd * sign) * LEVEL_STEP + sign * LEVEL_OFFSET
     mass = level_mass(np.array([symbol]), odd, scales()[row] / LEVEL_STEP)[0]
-    return float((value - residual) ** 2 - math.log2(max(mass, 2**-18)) / trellis._BITS_PER_ERROR)
+    return float((value - residual) ** 2 - math.log2(max(mass, 2**-18)) / search._BITS_PER_ERROR)
 
 
 def test_bits_and_errors_are_fewer_than_those_of_rounding_with_a_dead_zone() -> None:
