@@ -87,9 +87,9 @@ def _measure(codec: Codec, images: list[RGBImage], batch_size: int, num_images: 
             return sum(len(images) for images in decoded)
 
     with ThreadPoolExecutor(threads) as executor:
-        strings = encode(executor, 1)
+        strings = encode(executor, 2)[:batch_size]
         encode_s = _timed(lambda: encode(executor, num_batches))
-        decode(executor, strings, 1)
+        decode(executor, strings, 2)
         decode_s = _timed(lambda: decode(executor, strings, num_batches))
     total = num_batches * batch_size
     return {"encode_images_per_s": total / encode_s, "decode_images_per_s": total / decode_s}

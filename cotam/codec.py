@@ -22,6 +22,7 @@ from cotam.image import MAX_PIXELS, RGBImage, check_rgb, latent_size, size_probl
 from cotam.importance import DEFAULT_STRENGTH
 from cotam.memory import keep_freed_memory
 from cotam.models.transfer import to_device, to_host
+from cotam.models.turns import give_way, turn_on
 from cotam.tier import QualityIndex, Tier
 from cotam.weights import LoadedCodec, parse_codec, read_weights
 
@@ -283,8 +284,9 @@ class Codec:
     def _compress_group(self, images: list[RGBImage], quality: list[QualityIndex]) -> list[CompressedImage]:
         tier = self._tier_of(quality[0])
         x = to_device(images, self.device)
-        latents = self.tiers[tier].model(quality[0]).compress(x, self._q(quality))
-        z, levels, rows = (to_host(t.contiguous()) for t in latents)
+        with turn_on(self.device):
+            latents = self.tiers[tier].model(quality[0]).compress(x, self._q(quality))
+            z, levels, rows = (to_host(t.contiguous()) for t in latents)
         return [
             CompressedImage(image.shape[1], image.shape[0], quality[k], tier, z[k], levels[k], rows[k])
             for k, image in enumerate(images)
@@ -300,13 +302,14 @@ class Codec:
         model = tier.model(quality[0])
         try:
             z = np.stack([tier.decode_z(d, k, h, w) for d, k in zip(decoders, quality, strict=True)])
-            z_hat = torch.from_numpy(z).to(self.device).float()
-            hyper, first = model.decompress_first(z_hat, q, h, w)
-            levels_first = self._decode_half(decoders, first.indexes, executor)
-            y_first = model.y_fixed(levels_first, first)
-            second = model.decompress_second(hyper, y_first, q)
-            levels_second = self._decode_half(decoders, second.indexes, executor)
-            y_second = model.y_fixed(levels_second, second)
+            with turn_on(self.device):
+                z_hat = torch.from_numpy(z).to(self.device).float()
+                hyper, first = model.decompress_first(z_hat, q, h, w)
+                levels_first = self._decode_half(decoders, first.indexes, executor)
+                y_first = model.y_fixed(levels_first, first)
+                second = model.decompress_second(hyper, y_first, q)
+                levels_second = self._decode_half(decoders, second.indexes, executor)
+                y_second = model.y_fixed(levels_second, second)
             for decoder in decoders:
                 decoder.finish()
         except RansError as error:
@@ -325,14 +328,16 @@ class Codec:
         def decode(k: int) -> NDArray[np.int32]:
             return decode_levels(decoders[k], rows[k])
 
-        levels = np.stack(_map(executor, decode, range(len(decoders))))
+        with give_way():
+            levels = np.stack(_map(executor, decode, range(len(decoders))))
         return torch.from_numpy(levels).to(self.device).permute(0, 3, 1, 2).float()
 
     def _reconstruct_group(self, images: list[DecompressedImage]) -> list[RGBImage]:
         y_fixed = torch.stack([i.y_fixed for i in images])
         model = self.tiers[images[0].tier].model(images[0].quality_index)
-        x_hat = model.reconstruct(y_fixed, self._q([i.quality_index for i in images]))
-        pixels = to_host(x_hat.permute(0, 2, 3, 1))
+        with turn_on(self.device):
+            x_hat = model.reconstruct(y_fixed, self._q([i.quality_index for i in images]))
+            pixels = to_host(x_hat.permute(0, 2, 3, 1))
         return [np.ascontiguousarray(p[: i.height, : i.width]) for p, i in zip(pixels, images, strict=True)]
 
     def _open(self, data: bytes) -> _Opened:

@@ -35,6 +35,7 @@ from cotam.models.integer import ACTIVATION_MAX, BIAS_UNIT, IntConv2d
 from cotam.models.layers import pad_to_multiple, round_ste
 from cotam.models.tiling import Tile, map_tiles
 from cotam.models.transfer import to_host
+from cotam.models.turns import give_way
 
 HYPER_HALO = 4  # h_a reads 1 latent position around, h_s 1 at 1/16 and 1 at 1/32
 CONTEXT_HALO = 1
@@ -335,7 +336,8 @@ class CodecModel(nn.Module):
     def _levels(residual: Tensor, params: GaussianParams) -> Tensor:
         """Levels of one half, as float32: ``residual`` is ``y`` less its means. Computed on the CPU."""
         residuals, rows = _as_coded(residual, torch.float32), _as_coded(params.indexes, torch.uint8)
-        levels = torch.from_numpy(quantise(residuals, rows, torch.get_num_threads()))
+        with give_way():
+            levels = torch.from_numpy(quantise(residuals, rows, torch.get_num_threads()))
         return levels.to(residual.device).permute(0, 3, 1, 2).float()
 
     @staticmethod
