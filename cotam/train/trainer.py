@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import time
@@ -24,7 +25,7 @@ Log = Callable[[dict[str, Any]], None]
 M = TypeVar("M", bound=nn.Module)
 B = TypeVar("B")
 CHECKPOINT = "checkpoint.pt"
-_CHECKPOINT_VERSION = 4
+_CHECKPOINT_VERSION = 5
 _LONGEST_STEP_S = 30.0  # a step counts for at most so much training time: a suspended machine does not train
 _LOG_S = 10.0
 _SETTINGS = ("factor", "weight_decay", "betas")  # of a group of parameters; the rate is set in every step
@@ -250,10 +251,26 @@ def _soap(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer
     except ImportError:
         raise ValueError("optimizer soap needs pytorch-optimizer: pip install 'cotam[train]'") from None
     options |= {"precondition_frequency": _SOAP_FREQUENCY, "max_precondition_dim": _SOAP_MAX_DIM}
-    if not dist.is_initialized():
-        return SOAP(groups, **options)
-    # Its rotations cost two thirds of what gradients cost: each rank computes its part.
-    return ZeroRedundancyOptimizer(groups, SOAP, parameters_as_bucket_view=True, **options)
+    weights = [p for group in groups for p in group["params"] if p.ndim == 4 and p.shape[2:] == (1, 1)]
+    # Those of 1x1 convolutions are handed over as the matrices they are, or their dimensions of size 1 are turned, too.
+    matrices = {weight: nn.Parameter(weight.detach().flatten(1)) for weight in weights}
+    groups = [{**group, "params": [matrices.get(p, p) for p in group["params"]]} for group in groups]
+    make: Callable[..., torch.optim.Optimizer]
+    if dist.is_initialized():
+        # Its rotations cost two thirds of what gradients cost: each rank computes its part.
+        make = functools.partial(ZeroRedundancyOptimizer, optimizer_class=SOAP, parameters_as_bucket_view=True)
+    else:
+        make = SOAP
+    optimizer = make(groups, **options)
+    for weight, matrix in matrices.items():
+        weight.data = matrix.data.view(weight.shape)  # the same memory, wherever a bucket has put it
+
+    def hand_over_gradients(*_: Any) -> None:
+        for weight, matrix in matrices.items():
+            matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
+
+    optimizer.register_step_pre_hook(hand_over_gradients)
+    return optimizer
 
 
 def transformer_groups(named: Iterable[tuple[str, nn.Parameter]], factor: float = 1.0) -> list[dict[str, Any]]:

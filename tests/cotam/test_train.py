@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -34,6 +35,7 @@ from cotam.train.gains import RealCost, tune_gains
 from cotam.train.levels import _psnr, match_levels
 from cotam.train.rates import code_length, count_symbols, segments_of
 from cotam.train.run import train_codec
+from cotam.train.trainer import _SOAP_FREQUENCY, _SOAP_MAX_DIM, _soap
 from cotam.weights import TierWeights, dump_codec, parse_codec, read_weights
 from tests.corpus import photograph, to_bytes, write_tar, write_webdataset
 
@@ -388,3 +390,28 @@ def test_quality_maps_stay_in_their_span_and_are_uniform_as_often_as_asked() -> 
     first = maps[spread == 0][:, 0, 0, 0]
     assert (torch.bincount(first.long())[5:] > 0.05 * len(first)).all()
     assert (spread >= 4).float().mean() > 0.1
+
+
+def test_soap_steps_of_1x1_convolutions_are_those_of_the_weights_as_they_are() -> None:
+    """It gets them as matrices, which is less work; beyond the first eigenbases, in channels-last memory, too."""
+    from pytorch_optimizer import SOAP
+
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 6, 8, 8), torch.randn(4, 5, 8, 8)
+    start = torch.nn.Sequential(torch.nn.Conv2d(6, 7, 1), torch.nn.Conv2d(7, 7, 3, padding=1), torch.nn.Conv2d(7, 5, 1))
+    trained = []
+    for is_plain in (True, False):
+        network = copy.deepcopy(start).to(memory_format=torch.channels_last)
+        parameters = list(network.parameters())
+        options = {"lr": 0.01, "weight_decay": 0.01}
+        settings = {"precondition_frequency": _SOAP_FREQUENCY, "max_precondition_dim": _SOAP_MAX_DIM}
+        group = {"params": parameters}
+        optimizer = SOAP([group], **options, **settings) if is_plain else _soap([group], **options)
+        for _ in range(2 * _SOAP_FREQUENCY + 5):
+            network.zero_grad()
+            (network(x) - y).square().mean().backward()
+            optimizer.step()
+        trained.append(parameters)
+    for plain, handed_over, before in zip(*trained, start.parameters(), strict=True):
+        assert not torch.equal(handed_over, before)
+        torch.testing.assert_close(handed_over, plain, rtol=1e-3, atol=1e-4)
