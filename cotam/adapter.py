@@ -15,6 +15,7 @@ from cotam.config import from_mapping
 from cotam.weights import file_metadata, read_weights, with_sorted_header
 
 FORMAT = "cotam-adapter/1"
+PACKAGED_ADAPTERS = ("cotam-adapter-tiny",)  # each for another packaged codec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,17 @@ def load_adapter(name_or_path_or_uri: str) -> Adapter:
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{name_or_path_or_uri} is not an adapter: {error}") from None
     return model.eval().requires_grad_(False)
+
+
+def packaged_adapter(codec_sha256: str) -> str:
+    """The name of the packaged adapter for a codec. Raises ValueError where there is none."""
+    for name in PACKAGED_ADAPTERS:
+        if load_adapter(name).config.codec_sha256 == codec_sha256:
+            return name
+    raise ValueError(
+        f"no packaged adapter is for codec {codec_sha256[:8]}: use pixels alone (--input pixels; of a sweep, "
+        "--inputs pixels), or name one with --adapter (cotam train adapter)"
+    )
 
 
 def check_fit(adapter: Adapter, codec_sha256: str, tower_sha256: str) -> None:

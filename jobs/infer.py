@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,7 +38,7 @@ def infer(
     task: Task = "sceneqa",
     mllm: Mllm = "cotam-vlm-tiny",
     input_kind: Input = "pixels",
-    adapter: Adapter = "cotam-adapter-tiny",
+    adapter: Adapter = None,
     metric: Annotated[str, typer.Option(help=f"Score of an answer: {', '.join(METRICS)}.")] = "exact_match",
     prompt: Prompt = "{question}",
     served_model: ServedModel = "",
@@ -54,6 +55,7 @@ def infer(
     as_json: Json = False,
 ) -> None:
     """Ask an MLLM about decoded images; writes predictions as Parquet, and metrics.json."""
+    from cotam.adapter import packaged_adapter
     from cotam.mllm.backend import MllmConfig
     from cotam.mllm.identity import mllm_fingerprints
     from cotam.store.ids import each
@@ -72,8 +74,7 @@ def infer(
     if input_kind not in ("pixels", "tokens"):
         raise typer.BadParameter(f"--input {input_kind} is neither pixels nor tokens")
     mllm_config = MllmConfig(
-        name=mllm, served_model=served_model, prompt=prompt, max_new_tokens=max_new_tokens, batch_size=batch_size,
-        adapter=adapter if input_kind == "tokens" else "",
+        name=mllm, served_model=served_model, prompt=prompt, max_new_tokens=max_new_tokens, batch_size=batch_size
     )  # fmt: skip
     questions = QuestionSource(task)  # a bad file is better told now than by every worker
     source = RunStore(src)
@@ -89,6 +90,10 @@ def infer(
         partitions = list_partitions(src, image_column)
         if input_kind == "tokens":
             raise typer.BadParameter("--input tokens needs the output of `cotam encode` as SRC")
+    if input_kind == "tokens":
+        if adapter is None:
+            adapter = packaged_adapter(made_with["model_sha256"])
+        mllm_config = dataclasses.replace(mllm_config, adapter=adapter)
     config = AskConfig(
         task=task, task_sha256=task_sha256(task), metric=metric, mllm=mllm_config, image_column=image_column,
         **mllm_fingerprints(mllm_config),

@@ -42,7 +42,11 @@ Mllm = Annotated[
 ]
 Input = Annotated[str, typer.Option("--input", help="pixels, or tokens: the adapter's visual tokens are added.")]
 Adapter = Annotated[
-    str, typer.Option(help="Adapter of --input tokens: packaged name, path or URI.", callback=_absolute)
+    str | None,
+    typer.Option(
+        help="Adapter of --input tokens: packaged name, path or URI; by default the packaged one of the codec.",
+        callback=_absolute,
+    ),
 ]
 Task = Annotated[
     str,

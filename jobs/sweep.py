@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Annotated, Any
 
@@ -50,7 +51,7 @@ def sweep(
     served_model: ServedModel = "",
     max_new_tokens: MaxNewTokens = 16,
     batch_size: BatchSize = 8,
-    adapter: Adapter = "cotam-adapter-tiny",
+    adapter: Adapter = None,
     model: Model = "cotam-base",
     clip: Clip = Attention.clip,
     layer: Layer = Attention.layer,
@@ -67,6 +68,7 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Encode, decode and ask at many operating points; writes curves, savings at equal accuracy, and a report."""
+    from cotam.adapter import packaged_adapter
     from cotam.importance.tower import AttentionTower
     from cotam.mllm.backend import MllmConfig
     from cotam.mllm.identity import mllm_fingerprints
@@ -88,8 +90,7 @@ def sweep(
             points += [Point(codec="cotam", quality=quality, strength=strength, input=name) for name in inputs_used]
     points += [Point(codec=codec, quality=q) for codec in _names(codecs) for q in _numbers(codec_qualities)]
     mllm_config = MllmConfig(
-        name=mllm, served_model=served_model, prompt=prompt, max_new_tokens=max_new_tokens, batch_size=batch_size,
-        adapter=adapter if "tokens" in inputs_used else "",
+        name=mllm, served_model=served_model, prompt=prompt, max_new_tokens=max_new_tokens, batch_size=batch_size
     )  # fmt: skip
     QuestionSource(task)  # a bad file is better told now than by every worker
     attention = Attention(clip=clip, layer=layer, queries=queries)
@@ -98,6 +99,10 @@ def sweep(
     num_levels = loaded.config.num_levels
     if bad := [p.quality for p in points if p.codec == "cotam" and not 1 <= p.quality <= num_levels]:
         raise typer.BadParameter(f"--qualities: {bad[0]:g} is outside [1, {num_levels}]")
+    if "tokens" in inputs_used:
+        if adapter is None:
+            adapter = packaged_adapter(loaded.sha256)
+        mllm_config = dataclasses.replace(mllm_config, adapter=adapter)
     config = SweepConfig(
         points=tuple(points), task=task, task_sha256=task_sha256(task), metric=metric, mllm=mllm_config,
         **mllm_fingerprints(mllm_config), model=model, model_sha256=loaded.sha256, attention=attention,

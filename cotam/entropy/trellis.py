@@ -38,7 +38,7 @@ LEVEL_OFFSET = 1 / 8  # how much farther from the mean all but 0 are: a search b
 NUM_PATHS = 4
 STATE_BITS = 11
 NUM_STATES = 1 << STATE_BITS
-_QUANTISER_TAPS, _SUBSET_TAPS = 0x375, 0x691
+_QUANTISER_TAPS, _SUBSET_TAPS = 0x375, 0x691  # numba's cache of search.py does not notice a change of these six
 
 
 def _parity(states: NDArray[np.int64], taps: int) -> NDArray[np.int64]:
@@ -53,7 +53,7 @@ FOLLOWING = (2 * _STATES[:, None] + _BITS) % NUM_STATES  # (NUM_STATES, 2): the 
 # The same for the kernels, flat: the bit above the next state is its quantiser (in 64 bits: numpy 2 would keep 8).
 _NEXT = (FOLLOWING + NUM_STATES * ODD[FOLLOWING].astype(np.int64)).astype(np.uint16).ravel()
 # The levels n fall into four subsets, n mod 4, with 0 in 0 and in 3: (NUM_STATES,), the one with which a 0 goes in.
-# The one two further goes with a 1; and in the state _HALF further, the other way round.
+# The one two further goes with a 1; and in the state half of them further, the other way round.
 SUBSET = (ODD + 2 * (_BITS[:, 0] ^ ODD)).astype(np.uint8)
 
 

@@ -1,6 +1,6 @@
 """What the trellis search makes of an element on average: smooth where the search is not, so that training can use it.
 
-The search (cotam.entropy.trellis) has no gradient, and what it decides about an element depends on all others of its
+The search (cotam.entropy.search) has no gradient, and what it decides about an element depends on all others of its
 path. But the state of the machine is as good as random: given an element's scale index and its magnitude, its level,
 its bits and its reconstruction have distributions of their own, which are measured here on random numbers. Training
 draws levels from the one and takes the means of the others, with their slopes.

@@ -13,41 +13,50 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 
 
-class Turns:
-    """A resource that one thread has at a time."""
+class Turns(threading.local):
+    """A resource that one thread has at a time. Turns do not nest."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._thread = threading.local()
+    has_turn = False  # of each thread
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock = lock
 
     @contextmanager
     def take(self) -> Iterator[None]:
         """Have a turn, once it is free."""
-        with self._lock:
-            self._thread.has_turn = True
-            try:
-                yield
-            finally:
-                self._thread.has_turn = False
+        self._begin()
+        try:
+            yield
+        finally:
+            self._end()
 
     @contextmanager
     def give_way(self) -> Iterator[None]:
         """Within a turn: let others have theirs meanwhile. Elsewhere it does nothing."""
-        if not getattr(self._thread, "has_turn", False):
+        if not self.has_turn:
             yield
             return
-        self._lock.release()
+        self._end()
         try:
             yield
         finally:
-            self._lock.acquire()
+            self._begin()
+
+    def _begin(self) -> None:
+        self._lock.acquire()
+        self.has_turn = True
+
+    def _end(self) -> None:
+        if self.has_turn:  # not where waiting for it was interrupted
+            self.has_turn = False
+            self._lock.release()
 
 
-_GPU = Turns()
+_GPU = Turns(threading.Lock())
 
 
 def turn_on(device: torch.device) -> AbstractContextManager[None]:
-    """A turn on ``device``; on a CPU there are none. What ends it has to wait for the device: ``to_host`` does."""
+    """A turn on ``device``: one for all GPUs of a process, none on a CPU. Its work should be done where it ends."""
     return nullcontext() if device.type == "cpu" else _GPU.take()
 
 

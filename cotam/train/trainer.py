@@ -267,6 +267,7 @@ def _soap(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer
 
     def hand_over_gradients(*_: Any) -> None:
         for weight, matrix in matrices.items():
+            assert weight.data_ptr() == matrix.data_ptr(), "a weight has moved since its optimizer was made"
             matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
 
     optimizer.register_step_pre_hook(hand_over_gradients)

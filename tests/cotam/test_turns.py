@@ -16,7 +16,7 @@ from cotam.models.turns import Turns
 
 
 def test_one_thread_has_the_turn_and_gives_way_while_it_is_elsewhere() -> None:
-    resource = Turns()
+    resource = Turns(threading.Lock())
     arrived = [threading.Event(), threading.Event()]
     holders, most = 0, 0
 
