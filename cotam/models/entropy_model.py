@@ -45,7 +45,7 @@ class GaussianParams(NamedTuple):
 
 
 class Hyper(NamedTuple):
-    """What ``z_hat`` says, integers in float32: ``features`` (B, N, h, w), coarse means of each half (B, M/2, h, w)."""
+    """What ``z_hat`` says in integers: ``features`` (B, N, h, w), coarse means of each half (B, M/2, h, w)."""
 
     features: Tensor
     coarse_first: Tensor

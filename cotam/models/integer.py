@@ -1,12 +1,12 @@
 """Integer-exact convolutions: the same integers on every machine, in any order of summation.
 
-Activations are integers in [-127, 127] held in float32. A layer is
+Activations are integers in [-127, 127] held in float32, or in int8 where a CPU multiplies int8 matrices: there 1x1
+layers do, several times faster than in float32, with the same integers. A layer is
 
     acc = conv(x, W_int) + b_int + q * g_int          |acc| < 2^24, so float32 and TF32 sums are exact in any order
     out = clip(round(acc * 2^e), low, high)           2^e per output channel: multiplying by it is exact, too
 
-with W_int, g_int in [-127, 127] and ``q`` the quality index of the position. Where a CPU multiplies int8 matrices, 1x1
-layers do, several times faster than in float32, with the same integers. Training runs this very forward pass, with
+with W_int, g_int in [-127, 127] and ``q`` the quality index of the position. Training runs this very forward pass, with
 straight-through gradients to the real-valued parameters behind the integers, so nothing changes at export.
 """
 
@@ -15,10 +15,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cotam.entropy.compiled import compiled
 from cotam.models.layers import clamp_ste, round_ste
 from cotam.models.precision import multiplies_int8
 
@@ -27,6 +29,7 @@ ACCUMULATOR_BOUND = 2**24
 BIAS_UNIT = 16  # a real bias of 1 is 16 integer steps, so that biases learn at the pace of weights
 MIN_EXPONENT = -14  # keeps integer biases small enough for the accumulator
 MAX_EXPONENT = 8
+_NONE = np.empty(0, dtype=np.float32)
 _CAUSAL = ((1.0, 1.0, 1.0), (1.0, 0.0, 0.0), (0.0, 0.0, 0.0))
 
 
@@ -45,13 +48,15 @@ class Integers(NamedTuple):
 class Kernel(NamedTuple):
     """The integers times 2^e, which changes no mantissa, so sums stay exact: one operation less at every position.
 
-    int8: (O, I), the integers of a 1x1 layer themselves where the hardware multiplies int8, and ``scale`` with them.
+    in_int8: whether activations are int8, as the hardware multiplies it; then ``int8`` (O, I) are the integers of a 1x1
+    layer themselves, and ``scale`` is 2^e.
     """
 
     weight: Tensor
     bias: Tensor
     gain: Tensor
     scale: Tensor
+    in_int8: bool = False
     int8: Tensor | None = None
 
     @classmethod
@@ -60,11 +65,14 @@ class Kernel(NamedTuple):
         scale = ints.scale
         return cls(ints.weight * scale[:, None, None, None], ints.bias * scale, ints.gain * scale, scale)
 
-    def in_int8(self, ints: Integers) -> Kernel:
-        """This kernel, with ``int8`` where it can be."""
-        weight = ints.weight
-        possible = weight.shape[2:] == (1, 1) and weight.dtype == torch.float32 and multiplies_int8(weight.device)
-        return self._replace(int8=weight[:, :, 0, 0].to(torch.int8).contiguous()) if possible else self
+    @classmethod
+    def for_inference(cls, ints: Integers) -> Kernel:
+        """The kernel in what the hardware multiplies."""
+        kernel, weight = cls.of(ints), ints.weight
+        if weight.dtype != torch.float32 or not multiplies_int8(weight.device):
+            return kernel
+        int8 = weight[:, :, 0, 0].to(torch.int8).contiguous() if weight.shape[2:] == (1, 1) else None
+        return kernel._replace(in_int8=True, int8=int8)
 
 
 class IntConv2d(nn.Module):
@@ -143,7 +151,7 @@ class IntConv2d(nn.Module):
 
     def freeze_as(self, ints: Integers) -> None:
         """Fix these integers for inference; that they cannot overflow has been checked."""
-        self._frozen, self._kernel = ints, Kernel.of(ints).in_int8(ints)
+        self._frozen, self._kernel = ints, Kernel.for_inference(ints)
 
     def frozen_integers(self) -> Integers:
         """The integers fixed by ``freeze``."""
@@ -163,14 +171,16 @@ class IntConv2d(nn.Module):
         return self
 
     def forward(self, x: Tensor, q: Tensor | None = None) -> Tensor:
-        """(B, I, h, w) integers in float32, ``q`` (B, 1, h, w) or (B, 1, 1, 1), to (B, O, h, w) integers."""
+        """(B, I, h, w) integers, ``q`` (B, 1, h, w) or (B, 1, 1, 1), to (B, O, h, w) integers, in float32 or int8."""
         kernel = self._current_kernel()
+        if kernel.int8 is not None and not torch.is_grad_enabled():
+            batch, _, height, width = x.shape
+            q_rows = None if q is None else q.expand(batch, 1, height, width).reshape(-1, 1)
+            rows = self._int8_rows(kernel, [x.permute(0, 2, 3, 1).flatten(0, 2)], q_rows)
+            return rows.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
+        x = x.to(kernel.weight.dtype)
         with torch.autocast(x.device.type, enabled=False):  # 8 bits of bfloat16 do not hold these integers
-            if kernel.int8 is not None and not torch.is_grad_enabled():
-                batch, _, height, width = x.shape
-                rows = _int8_product(kernel, [x.to(torch.int8).permute(0, 2, 3, 1).flatten(0, 2)])
-                out = rows.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
-            elif self.depthwise and x.is_cuda and not torch.is_grad_enabled():
+            if self.depthwise and x.is_cuda and not torch.is_grad_enabled():
                 out = depthwise_by_shifts(x, kernel.weight, kernel.bias)
             elif self.depthwise:
                 out = F.conv2d(x, kernel.weight, kernel.bias, padding=1, groups=x.shape[1])
@@ -179,12 +189,12 @@ class IntConv2d(nn.Module):
             if self.quality_bias:
                 assert q is not None
                 out = out + q * kernel.gain[:, None, None]
-        return self._round(out)
+        return self._round(out, kernel.in_int8 and self._compact_type == torch.int8)
 
     def as_input(self, x: Tensor) -> Tensor:
         """``x`` in the type that ``pointwise`` multiplies: what is moved before it is then a quarter as large."""
-        in_int8 = self._current_kernel().int8 is not None and not torch.is_grad_enabled()
-        return x.to(torch.int8) if in_int8 else x
+        kernel = self._current_kernel()
+        return x.to(torch.int8 if kernel.int8 is not None and not torch.is_grad_enabled() else kernel.weight.dtype)
 
     def pointwise(self, inputs: Sequence[Tensor], q: Tensor, channels: slice = slice(None)) -> Tensor:
         """A 1x1 layer on rows: ``inputs`` (n, I_k) side by side make the I channels, ``q`` (n, 1); (n, O) comes out.
@@ -192,25 +202,46 @@ class IntConv2d(nn.Module):
         ``inputs`` are float32 or ``as_input`` of it. ``channels`` are the output channels to compute.
         """
         kernel = self._current_kernel()
+        if kernel.int8 is not None and not torch.is_grad_enabled():
+            return self._int8_rows(kernel, inputs, q, channels)
         with torch.autocast(q.device.type, enabled=False):
-            if kernel.int8 is not None and not torch.is_grad_enabled():
-                out = _int8_product(kernel, inputs, channels)
-            else:
-                weights = kernel.weight[channels, :, 0, 0].T.split([x.shape[1] for x in inputs])
-                out = kernel.bias[channels].expand(len(q), -1)
-                for x, weight in zip(inputs, weights, strict=True):
-                    out = torch.addmm(out, x, weight)
+            weights = kernel.weight[channels, :, 0, 0].T.split([x.shape[1] for x in inputs])
+            out = kernel.bias[channels].expand(len(q), -1)
+            for x, weight in zip(inputs, weights, strict=True):
+                out = torch.addmm(out, x, weight)
             if self.quality_bias:
                 out = torch.addr(out, q[:, 0], kernel.gain[channels])
         return self._round(out)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _int8_rows(
+        self, kernel: Kernel, inputs: Sequence[Tensor], q: Tensor | None, channels: slice = slice(None)
+    ) -> Tensor:
+        """``pointwise`` in int8, summed in int32."""
+        assert kernel.int8 is not None
+        rows = [x.to(torch.int8) for x in inputs]
+        product = torch._int_mm(torch.cat(rows, dim=1) if len(rows) > 1 else rows[0], kernel.int8[channels].T)
+        scale, bias, gain = (t[channels].contiguous().numpy() for t in (kernel.scale, kernel.bias, kernel.gain))
+        of_rows = _NONE
+        if self.quality_bias:
+            assert q is not None
+            of_rows = q[:, 0].contiguous().numpy()
+        out = torch.empty(product.shape, dtype=self._compact_type)
+        _finish(product.numpy(), scale, bias, gain, of_rows, np.float32(self.low), np.float32(self.high), out.numpy())
+        return out
+
+    @property
+    def _compact_type(self) -> torch.dtype:
+        """The smallest type that holds what comes out."""
+        return torch.int8 if max(-self.low, self.high) <= ACTIVATION_MAX else torch.float32
+
     def _current_kernel(self) -> Kernel:
         return self._kernel if self._kernel is not None else Kernel.of(self.integers())
 
-    def _round(self, x: Tensor) -> Tensor:
+    def _round(self, x: Tensor, in_int8: bool = False) -> Tensor:
         if torch.is_grad_enabled():
             return clamp_ste(round_ste(x), self.low, self.high)
-        return x.round_().clamp_(self.low, self.high)
+        return _rounded_to_int8(x, self.low, self.high) if in_int8 else x.round_().clamp_(self.low, self.high)
 
 
 def depthwise_by_shifts(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -231,9 +262,27 @@ def depthwise_by_shifts(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-def _int8_product(kernel: Kernel, inputs: Sequence[Tensor], channels: slice = slice(None)) -> Tensor:
-    """Rows (n, O) of the 1x1 layer before its quality bias, float32, summed in int32."""
-    assert kernel.int8 is not None
-    rows = [x.to(torch.int8) for x in inputs]
-    product = torch._int_mm(torch.cat(rows, dim=1) if len(rows) > 1 else rows[0], kernel.int8[channels].T)
-    return torch.addcmul(kernel.bias[channels], product.float(), kernel.scale[channels])
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _rounded_to_int8(x: Tensor, low: int, high: int) -> Tensor:
+    out = torch.empty_like(x, dtype=torch.int8)
+    values, rounded = (t.as_strided((t.numel(),), (1,)).numpy() for t in (x, out))  # in the order in memory
+    _round_to_int8(values, rounded, np.float32(low), np.float32(high))
+    return out
+
+
+# One pass through memory each, where torch makes one an operation.
+
+
+@compiled
+def _finish(product, scale, bias, gain, q, low, high, out):  # type: ignore[no-untyped-def]
+    for i in range(product.shape[0]):
+        q_row = q[i] if len(q) > 0 else np.float32(0)
+        for o in range(product.shape[1]):
+            value = np.rint(bias[o] + np.float32(product[i, o]) * scale[o] + q_row * gain[o])
+            out[i, o] = min(max(value, low), high)
+
+
+@compiled
+def _round_to_int8(x, out, low, high):  # type: ignore[no-untyped-def]
+    for k in range(len(x)):
+        out[k] = np.int8(min(max(np.rint(x[k]), low), high))
