@@ -35,7 +35,7 @@ FORMAT = "cotam-codec/6"
 PACKAGED: dict[str, str] = {
     "cotam-adapter-tiny": "8757de19513f05fadc47b7e108adb5ea321e9ed2f92be1dd25e5155809919737",
     "cotam-base": "652e1fd24ad645b815054382d1370d0e8e0c8c9ab03d24c066160988139eeb92",
-    "cotam-large": "c004ec3be9a035d48f574a0e25ef93f25f646c599c844d0bfdf3ee890763f631",
+    "cotam-large": "90a944effdf4328e69dd2ca7780d45f7889368b5e411eea805eb35a48d8e2239",
 }
 # Packaged folders by name: the sha256 of the weights in cotam/packaged/{name}.
 PACKAGED_FOLDERS: dict[str, tuple[str, str]] = {
