@@ -15,7 +15,7 @@ from cotam.config import from_mapping
 from cotam.weights import file_metadata, read_weights, with_sorted_header
 
 FORMAT = "cotam-adapter/1"
-PACKAGED_ADAPTERS = ("cotam-adapter-tiny",)  # each for another packaged codec
+PACKAGED_ADAPTERS = ("cotam-adapter-tiny", "cotam-adapter-tiny-large")  # each for another packaged codec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

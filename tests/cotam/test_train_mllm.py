@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from cotam.adapter import Adapter, check_fit, load_adapter, tower_sha256
+from cotam.adapter import Adapter, check_fit, load_adapter, packaged_adapter, tower_sha256
 from cotam.codec import Codec
 from cotam.importance import Attention
 from cotam.importance.estimate import ImportanceEstimator
@@ -166,3 +166,14 @@ def test_token_distance() -> None:
     assert token_distance(mean, target) == pytest.approx(1)
     only_middle = torch.tensor([[0.0, 5.0, 0.0]])
     assert token_distance(mean, target, only_middle) == 0
+
+
+def test_a_codec_finds_its_packaged_adapter(packaged_codec: Codec) -> None:
+    name = packaged_adapter(packaged_codec.sha256)
+    mllm = load_mllm(MllmConfig(adapter=name), codec_sha256=packaged_codec.sha256)  # refuses one that does not fit
+    assert isinstance(mllm, LlavaMllm)
+
+
+def test_a_codec_without_a_packaged_adapter_is_told_what_to_do() -> None:
+    with pytest.raises(ValueError, match="no packaged adapter is for codec 00000000: use pixels alone"):
+        packaged_adapter("0" * 64)
