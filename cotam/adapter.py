@@ -12,10 +12,10 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from cotam.config import from_mapping
-from cotam.weights import file_metadata, read_weights, with_sorted_header
+from cotam.weights import PACKAGED, file_metadata, read_weights, with_sorted_header
 
 FORMAT = "cotam-adapter/1"
-PACKAGED_ADAPTERS = ("cotam-adapter-tiny", "cotam-adapter-tiny-large")  # each for another packaged codec
+PACKAGED_ADAPTERS = tuple(name for name in PACKAGED if name.startswith("cotam-adapter"))  # each for another codec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

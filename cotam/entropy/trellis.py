@@ -38,7 +38,7 @@ LEVEL_OFFSET = 1 / 8  # how much farther from the mean all but 0 are: a search b
 NUM_PATHS = 4
 STATE_BITS = 11
 NUM_STATES = 1 << STATE_BITS
-_QUANTISER_TAPS, _SUBSET_TAPS = 0x375, 0x691  # numba's cache of search.py does not notice a change of these six
+_QUANTISER_TAPS, _SUBSET_TAPS = 0x375, 0x691  # numba's cache of search.py notices no change up to here
 
 
 def _parity(states: NDArray[np.int64], taps: int) -> NDArray[np.int64]:
