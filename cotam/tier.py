@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -36,9 +38,10 @@ class Tier:
         model = weights.model
         self.lowest_quality, self.highest_quality, self.whole = weights.lowest_quality, weights.highest_quality, model
         widths = {model.config.num_channels(q) for q in range(model.config.num_q) if self.covers(q)}
-        self.models = {m: model if m == model.config.M else narrowed(model, m) for m in sorted(widths)}
+        self.models = {m: copy.deepcopy(model) if m == model.config.M else narrowed(model, m) for m in sorted(widths)}
         for each in self.models.values():
-            each.use_low_precision(device.type == "cpu" and computes_in_bfloat16(device))
+            if device.type == "cpu" and computes_in_bfloat16(device):
+                each.use_low_precision()
             each.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.coder = RansCoder(weights.tables)
         self._config = model.config

@@ -12,18 +12,21 @@ from torch import Tensor, nn
 
 from cotam.config import CodecConfig
 from cotam.models import transforms
+from cotam.models.layers import to_pixels
 
 
 class Backbone(NamedTuple):
     """A pair of transforms.
 
     analysis, synthesis: constructors of ``g_a`` and ``g_s``. init: ``init(g_a, g_s, patches)`` starts them and returns
-    the deviations of ``y``. halo: how far outputs of either depend on inputs, in latent positions.
+    the deviations of ``y``. pixels: ``pixels(g_s, y_hat)`` is the image as uint8. halo: how far outputs of either
+    depend on inputs, in latent positions.
     """
 
     analysis: Callable[[CodecConfig], nn.Module]
     synthesis: Callable[[CodecConfig], nn.Module]
     init: Callable[[nn.Module, nn.Module, Tensor], Tensor]
+    pixels: Callable[[nn.Module, Tensor], Tensor]
     halo: int
 
 
@@ -32,6 +35,10 @@ def backbone(config: CodecConfig) -> Backbone:
     if config.backbone == "elic":
         from cotam.models import elic  # CompressAI is needed for this one only
 
-        return Backbone(elic.analysis, elic.synthesis, elic.init_unit_latents, elic.HALO)
-    halo = transforms.halo(config)
-    return Backbone(transforms.AnalysisTransform, transforms.SynthesisTransform, transforms.init_klt, halo)
+        return Backbone(elic.analysis, elic.synthesis, elic.init_unit_latents, _rounded, elic.HALO)
+    pair, halo = (transforms.AnalysisTransform, transforms.SynthesisTransform), transforms.halo(config)
+    return Backbone(*pair, transforms.init_klt, transforms.SynthesisTransform.pixels, halo)
+
+
+def _rounded(g_s: nn.Module, y_hat: Tensor) -> Tensor:
+    return to_pixels(g_s(y_hat))

@@ -146,7 +146,7 @@ class ParameterHead(nn.Module):
             for parity, span in ((0, slice(0, num_even)), (1, slice(num_even, None))):
                 channels = slice(parity if self.first else 1 - parity, None, 2)
                 parts.append(layer.pointwise([t[span] for t in inputs], q_rows[span], channels))
-            out = torch.cat(parts).unflatten(0, (height * width, batch))[board.inverse]
+            out = torch.cat(parts).unflatten(0, (height * width, batch)).index_select(0, board.inverse)
             outputs.append(out.transpose(0, 1).unflatten(1, (height, width)).permute(0, 3, 1, 2))
         means, indexes = outputs
         return GaussianParams(coarse + means, indexes)
@@ -154,7 +154,7 @@ class ParameterHead(nn.Module):
 
 def _rows(x: Tensor, board: Checkerboard) -> Tensor:
     """(B, C, h, w) to (h w B, C), even positions first."""
-    return x.permute(2, 3, 0, 1).flatten(0, 1)[board.order].flatten(0, 1)
+    return x.permute(2, 3, 0, 1).flatten(0, 1).index_select(0, board.order).flatten(0, 1)
 
 
 class EntropyParameters(nn.Module):

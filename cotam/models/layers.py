@@ -89,6 +89,11 @@ def join_blocks(blocks: Tensor, side: int) -> Tensor:
     return grid.transpose(2, 3).reshape(b, h * side, w * side, 3).permute(0, 3, 1, 2)
 
 
+def to_pixels(x: Tensor) -> Tensor:
+    """The uint8 values of a float image in [0, 1], which may lie outside."""
+    return x.float().mul(255).round_().clamp_(0, 255).to(torch.uint8)
+
+
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Replicate the last row and column of (B, C, H, W) until H and W are multiples of ``multiple``."""
     bottom, right = -x.shape[-2] % multiple, -x.shape[-1] % multiple

@@ -11,28 +11,23 @@ transform coder; the convolutional body learns what a linear block transform can
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cotam.config import LATENT_STRIDE, CodecConfig
-from cotam.models.layers import DepthwiseBlock, init_unit, join_blocks, start_at_zero
+from cotam.entropy.compiled import compiled
+from cotam.models.layers import DepthwiseBlock, init_unit, join_blocks, start_at_zero, to_pixels
 
 # What a body's unit-variance features add, so that steps of the optimiser are small against a quantisation step.
 _Y_SCALE = 0.3
 _PIXEL_SCALE = 0.1
 _PATCH_DIM = 3 * LATENT_STRIDE**2
+_ZERO, _HALF, _MOST = map(np.float32, (0, 0.5, 255))  # numba makes 64 bits of mixed numbers
 
 
 class AnalysisTransform(nn.Module):
-    """``g_a``: float RGB (B, 3, H, W) in [0, 1], H and W multiples of 16, to ``y`` (B, M, H/16, W/16).
-
-    Attributes:
-        low_precision: whether the body runs in bfloat16.
-    """
-
-    low_precision = False
+    """``g_a``: float RGB (B, 3, H, W) in [0, 1], H and W multiples of 16, to ``y`` (B, M, H/16, W/16)."""
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
@@ -51,20 +46,11 @@ class AnalysisTransform(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x - 0.5
-        with _precision(x, self.low_precision):
-            features = self.body(x)
-        y: Tensor = _exactly(self.linear, x) + _Y_SCALE * features
-        return y
+        return torch.add(_exactly(self.linear, x), _through(self.body, x), alpha=_Y_SCALE)
 
 
 class SynthesisTransform(nn.Module):
-    """``g_s``: ``y_hat`` (B, M, h, w) to float RGB (B, 3, 16 h, 16 w), not clipped.
-
-    Attributes:
-        low_precision: whether the body runs in bfloat16.
-    """
-
-    low_precision = False
+    """``g_s``: ``y_hat`` (B, M, h, w) to float RGB (B, 3, 16 h, 16 w), not clipped."""
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
@@ -83,15 +69,46 @@ class SynthesisTransform(nn.Module):
         self.body = nn.Sequential(*layers)
 
     def forward(self, y_hat: Tensor) -> Tensor:
-        x = join_blocks(_exactly(self.linear, y_hat), LATENT_STRIDE)
-        with _precision(y_hat, self.low_precision):
-            features = self.body(y_hat)
-        return x + join_blocks(_PIXEL_SCALE * features + 0.5, 8)
+        coarse, fine = self._blocks(y_hat)
+        return join_blocks(coarse, LATENT_STRIDE) + join_blocks(_PIXEL_SCALE * fine + 0.5, LATENT_STRIDE // 2)
+
+    def _blocks(self, y_hat: Tensor) -> tuple[Tensor, Tensor]:
+        """What the two ways make: float32 (B, 768, h, w) and (B, 192, 2 h, 2 w), blocks as ``join_blocks`` takes."""
+        return _exactly(self.linear, y_hat), _through(self.body, y_hat).float()
+
+    @staticmethod
+    def pixels(g_s: nn.Module, y_hat: Tensor) -> Tensor:
+        """The image that ``g_s`` makes of ``y_hat``, uint8 (B, 3, 16 h, 16 w)."""
+        assert isinstance(g_s, SynthesisTransform)
+        if y_hat.device.type != "cpu":
+            return to_pixels(g_s(y_hat))
+        coarse, fine = (t.permute(0, 2, 3, 1).contiguous().numpy() for t in g_s._blocks(y_hat))
+        batch, height, width = coarse.shape[:3]
+        pixels = np.empty((batch, LATENT_STRIDE * height, LATENT_STRIDE * width, 3), dtype=np.uint8)
+        _join(coarse, fine, np.float32(_PIXEL_SCALE), pixels)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
-def _precision(x: Tensor, low: bool) -> AbstractContextManager[object]:
-    """What a body runs in: it adds little to the linear path, so 8 bits are enough. Else whatever is set outside."""
-    return torch.autocast(x.device.type, torch.bfloat16) if low else nullcontext()
+@compiled
+def _join(coarse, fine, scale, pixels):  # type: ignore[no-untyped-def]
+    """``to_pixels`` of the forward pass in one way through memory, where torch makes ten."""
+    for b in range(pixels.shape[0]):
+        for row in range(pixels.shape[1]):
+            out = pixels[b, row].reshape(-1)
+            for j in range(fine.shape[2]):
+                above, below = fine[b, row // 8, j], coarse[b, row // 16, j // 2]
+                start_above, start_below = np.uint64(row % 8 * 24), np.uint64(row % 16 * 48 + j % 2 * 24)
+                start = np.uint64(24 * j)
+                for k in range(np.uint64(24)):
+                    value = np.rint((below[start_below + k] + (scale * above[start_above + k] + _HALF)) * _MOST)
+                    value = value if value > _ZERO else _ZERO
+                    out[start + k] = np.uint8(np.int32(value if value < _MOST else _MOST))
+
+
+def _through(body: nn.Sequential, x: Tensor) -> Tensor:
+    """``body`` of ``x``, in the type of its weights."""
+    features: Tensor = body(x.to(body[0].weight.dtype))  # type: ignore[arg-type]
+    return features
 
 
 def _exactly(linear: nn.Module, x: Tensor) -> Tensor:

@@ -115,10 +115,9 @@ def _bfloat16(codec: Codec) -> Iterator[Codec]:
 @contextmanager
 def _float32(codec: Codec) -> Iterator[Codec]:
     """As on a CPU without bfloat16."""
-    other = Codec.load()
-    for model in _models(other):
-        model.use_low_precision(False)
-    yield other
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cotam.tier.computes_in_bfloat16", lambda device: False)
+        yield Codec.load()
 
 
 @contextmanager
