@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from cotam.config import HYPER_STRIDE, CodecConfig
 from cotam.entropy.tables import NUM_SCALES, SCALE_MAX, SCALE_MIN
 from cotam.entropy.trellis import MEAN_STEPS
-from cotam.models.halves import Checkerboard, checkerboard, split_halves, spread_first
+from cotam.models.context import Context
+from cotam.models.halves import Checkerboard, checkerboard, split_halves
 from cotam.models.integer import ACTIVATION_MAX, BIAS_UNIT, IntConv2d
 from cotam.models.layers import pad_to_multiple, round_ste
 
@@ -33,7 +34,6 @@ MEAN_MAX = 2**15 - 1
 FEATURE_STEPS = 16  # features are 0 to 8 in steps of 1/16: in whole steps most of them are 0, and hidden layers idle
 COARSE_STEP = 4  # units of y in one of the z channels that start as its mean over 4x4 positions
 NUM_COARSE = 16  # how many do; y's channels start in the order of their energy
-COARSE_VIEW = 16  # the context sees y_hat twice: fine to +-16 steps, 16 times coarser to +-254
 _LOG_SCALE_STEP = math.log(SCALE_MAX / SCALE_MIN) / (NUM_SCALES - 1)
 
 
@@ -167,7 +167,7 @@ class EntropyParameters(nn.Module):
         n, m = config.N_hyper, config.M
         self.h_s = HyperSynthesis(config)
         self.first = ParameterHead(n, n, m, first=True)
-        self.context = IntConv2d(3 * m, 3 * m, depthwise=True, low=-ACTIVATION_MAX, out_steps=FEATURE_STEPS)
+        self.context = Context(m, FEATURE_STEPS)
         self.squeeze = IntConv2d(3 * m, n, low=-ACTIVATION_MAX, in_steps=FEATURE_STEPS, out_steps=FEATURE_STEPS)
         self.second = ParameterHead(2 * n, n + n // 2, m, first=False)
         self.register_buffer("_in_use", channels_in_use(config)[:, ::2].contiguous(), persistent=False)
@@ -198,11 +198,7 @@ class EntropyParameters(nn.Module):
 
     def second_params(self, hyper: Hyper, y_first: Tensor, q: Tensor) -> GaussianParams:
         """Parameters of the second half, given the first as ``y_first`` (B, M/2, h, w), y_hat in 1/MEAN_STEPS."""
-        fine = spread_first(y_first - hyper.coarse_first)
-        coarse = round_ste(fine / COARSE_VIEW)
-        # Signs and magnitudes: means follow the one, scales the other.
-        views = torch.cat([fine, coarse, fine.abs()], dim=1).clamp_(-ACTIVATION_MAX, ACTIVATION_MAX)
-        context = self.squeeze(self.context(views))
+        context = self.squeeze(self.context(y_first - hyper.coarse_first))
         params = self.second(torch.cat([hyper.features, context], dim=1), q, hyper.coarse_second)
         return self._where_in_use(params, q)
 

@@ -13,11 +13,12 @@ straight-through gradients to the real-valued parameters behind the integers, so
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cotam.entropy.compiled import compiled
@@ -178,6 +179,8 @@ class IntConv2d(nn.Module):
             q_rows = None if q is None else q.expand(batch, 1, height, width).reshape(-1, 1)
             rows = self._int8_rows(kernel, [x.permute(0, 2, 3, 1).flatten(0, 2)], q_rows)
             return rows.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
+        if self.depthwise and self.weight.shape[0] == x.shape[1] and not x.is_cuda and not torch.is_grad_enabled():
+            return self._depthwise_int8(kernel, x)
         x = x.to(kernel.weight.dtype)
         with torch.autocast(x.device.type, enabled=False):  # 8 bits of bfloat16 do not hold these integers
             if self.depthwise and x.is_cuda and not torch.is_grad_enabled():
@@ -230,6 +233,17 @@ class IntConv2d(nn.Module):
         _finish(product.numpy(), scale, bias, gain, of_rows, np.float32(self.low), np.float32(self.high), out.numpy())
         return out
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _depthwise_int8(self, kernel: Kernel, x: Tensor) -> Tensor:
+        """A depthwise layer of a filter a channel in one pass, out of and into int8."""
+        batch, channels, height, width = x.shape
+        padded = np.zeros((batch, height + 2, width + 2, channels), dtype=np.int8)
+        padded[:, 1:-1, 1:-1] = channels_last_array(x)
+        out = np.empty((batch, height, width, channels), dtype=np.int8)
+        weight = kernel.weight.reshape(channels, 9).T.contiguous()
+        _depthwise(padded, weight.numpy(), kernel.bias.numpy(), np.float32(self.low), np.float32(self.high), out)
+        return torch.from_numpy(out).permute(0, 3, 1, 2)
+
     @property
     def _compact_type(self) -> torch.dtype:
         """The smallest type that holds what comes out."""
@@ -270,7 +284,39 @@ def _rounded_to_int8(x: Tensor, low: int, high: int) -> Tensor:
     return out
 
 
+def channels_last_array(x: Tensor) -> NDArray[Any]:
+    """(B, C, h, w) on a CPU as a contiguous array (B, h, w, C)."""
+    return x.permute(0, 2, 3, 1).contiguous().numpy()
+
+
 # One pass through memory each, where torch makes one an operation.
+
+
+@compiled
+def to_int8(value, low, high):  # type: ignore[no-untyped-def]
+    """``value`` rounded to the nearest integer, half to even, in [low, high]; all float32."""
+    value = np.rint(value)
+    value = value if value > low else low
+    return np.int8(np.int32(value if value < high else high))
+
+
+@compiled
+def _depthwise(x, weight, bias, low, high, out):  # type: ignore[no-untyped-def]
+    """3x3, of ``x`` (B, h + 2, w + 2, C), which has a border."""
+    for b in range(out.shape[0]):
+        for i in range(out.shape[1]):
+            for j in range(out.shape[2]):
+                values = out[b, i, j]
+                x0, x1, x2 = x[b, i, j], x[b, i, j + 1], x[b, i, j + 2]
+                x3, x4, x5 = x[b, i + 1, j], x[b, i + 1, j + 1], x[b, i + 1, j + 2]
+                x6, x7, x8 = x[b, i + 2, j], x[b, i + 2, j + 1], x[b, i + 2, j + 2]
+                for k in range(values.shape[0]):
+                    value = bias[k] + weight[0, k] * np.float32(x0[k]) + weight[1, k] * np.float32(x1[k])
+                    value += weight[2, k] * np.float32(x2[k]) + weight[3, k] * np.float32(x3[k])
+                    value += weight[4, k] * np.float32(x4[k]) + weight[5, k] * np.float32(x5[k])
+                    value += weight[6, k] * np.float32(x6[k]) + weight[7, k] * np.float32(x7[k])
+                    value += weight[8, k] * np.float32(x8[k])
+                    values[k] = to_int8(value, low, high)
 
 
 @compiled
