@@ -317,9 +317,10 @@ class Codec:
         if bits is not None:
             for levels, params in ((levels_first, first), (levels_second, second)):
                 bits += model.estimated_bits(levels, params)[0].cpu()
+        y_fixed = torch.stack([y.permute(0, 2, 3, 1) for y in (y_first, y_second)], dim=1).permute(0, 1, 4, 2, 3)
         return [
             DecompressedImage(o.width, o.height, o.quality_index, o.tier, y)
-            for o, y in zip(opened, torch.stack([y_first, y_second], dim=1), strict=True)
+            for o, y in zip(opened, y_fixed, strict=True)
         ]  # fmt: skip
 
     def _decode_half(self, decoders: list[RansDecoder], indexes: Tensor, executor: Executor | None) -> Tensor:
@@ -330,10 +331,10 @@ class Codec:
 
         with give_way():
             levels = np.stack(_map(executor, decode, range(len(decoders))))
-        return torch.from_numpy(levels).to(self.device).permute(0, 3, 1, 2).float()
+        return torch.from_numpy(levels).to(self.device).permute(0, 3, 1, 2)
 
     def _reconstruct_group(self, images: list[DecompressedImage]) -> list[RGBImage]:
-        y_fixed = torch.stack([i.y_fixed for i in images])
+        y_fixed = torch.stack([i.y_fixed for i in images]) if len(images) > 1 else images[0].y_fixed[None]
         model = self.tiers[images[0].tier].model(images[0].quality_index)
         with turn_on(self.device):
             x_hat = model.reconstruct(y_fixed, self._q([i.quality_index for i in images]))

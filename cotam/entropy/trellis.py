@@ -35,6 +35,7 @@ from cotam.entropy.tables import LEVEL_STEP, NUM_SCALES
 
 MEAN_STEPS = 8  # means and reconstructions of y are integers in units of 1/8
 LEVEL_OFFSET = 1 / 8  # how much farther from the mean all but 0 are: a search by rate favours small levels
+_UNIT, _OFFSET = np.float32(MEAN_STEPS * LEVEL_STEP), np.float32(MEAN_STEPS * LEVEL_OFFSET)
 NUM_PATHS = 4
 STATE_BITS = 11
 NUM_STATES = 1 << STATE_BITS
@@ -59,7 +60,14 @@ SUBSET = (ODD + 2 * (_BITS[:, 0] ^ ODD)).astype(np.uint8)
 
 def reconstruct(levels: Tensor) -> Tensor:
     """What float ``levels`` add to the means: whole numbers in units of 1/MEAN_STEPS."""
-    return levels * int(MEAN_STEPS * LEVEL_STEP) + levels.sign() * int(MEAN_STEPS * LEVEL_OFFSET)
+    return levels * int(_UNIT) + levels.sign() * int(_OFFSET)
+
+
+def reconstruct_on(levels: NDArray[Any], means: NDArray[np.float32]) -> NDArray[np.float32]:
+    """``reconstruct`` plus ``means``, of one contiguous shape, in one pass."""
+    out = np.empty_like(means)
+    _reconstruct_on(levels.reshape(-1), means.reshape(-1), _UNIT, _OFFSET, out.reshape(-1))
+    return out
 
 
 def coded_segment(levels: NDArray[Any], rows: NDArray[np.uint8]) -> Segment:
@@ -77,6 +85,13 @@ def decode_levels(decoder: RansDecoder, rows: NDArray[np.uint8]) -> NDArray[np.i
     levels = np.zeros(len(coded), dtype=np.int32)
     decoder.decode_with(_decode, coded, levels)
     return restore_skipped(levels, rows)
+
+
+@compiled
+def _reconstruct_on(levels, means, unit, offset, out):  # type: ignore[no-untyped-def]
+    for k in range(len(out)):
+        level = np.float32(levels[k])
+        out[k] = level * unit + np.sign(level) * offset + means[k]
 
 
 @compiled

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cotam.config import HYPER_STRIDE, LATENT_STRIDE, Q_STEPS, CodecConfig
 from cotam.entropy.search import estimated_bits, quantise
 from cotam.entropy.tables import LEVEL_STEP
-from cotam.entropy.trellis import MEAN_STEPS, reconstruct
+from cotam.entropy.trellis import MEAN_STEPS, reconstruct, reconstruct_on
 from cotam.models.averages import SearchAverages
 from cotam.models.backbones import backbone
 from cotam.models.entropy_model import (
@@ -30,9 +30,9 @@ from cotam.models.entropy_model import (
     per_position,
     scale_of_index,
 )
-from cotam.models.halves import merge_halves, split_halves
+from cotam.models.halves import half_less, merge_halves, merge_scaled, split_halves
 from cotam.models.integer import ACTIVATION_MAX, BIAS_UNIT, IntConv2d
-from cotam.models.layers import pad_to_multiple, round_ste
+from cotam.models.layers import channels_last_array, pad_to_multiple, round_ste
 from cotam.models.tiling import Tile, map_tiles
 from cotam.models.transfer import to_host
 from cotam.models.turns import give_way
@@ -61,7 +61,7 @@ class Latents(NamedTuple):
 
 
 class Quantised(NamedTuple):
-    """Latents as the networks have them, integers in float32: ``z`` less its prediction, and both halves of ``y``."""
+    """Latents as the networks have them: ``z`` less its prediction, in float32, and int16 levels of both halves of ``y``."""
 
     z: Tensor
     levels: tuple[Tensor, Tensor]
@@ -86,17 +86,23 @@ class QualityGains(nn.Module):
         self.log_ratio = nn.Parameter(torch.zeros_like(self.log_gain))
         self.register_buffer("in_use", channels_in_use(config), persistent=False)
 
-    def forward(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Gains and inverse gains, each (B, M, h, w), for quality indexes ``q`` (B, 1, h, w)."""
-        return self._lookup(self.log_gain, q), self._lookup(self.log_ratio - self.log_gain, q)
+    def gain(self, q: Tensor) -> Tensor:
+        """Gains (B, M, h, w) at quality indexes ``q`` (B, 1, h, w)."""
+        return self._lookup(self.log_gain, q)
+
+    def inverse(self, q: Tensor) -> Tensor:
+        """What undoes them, as ``gain``."""
+        return self._lookup(self.log_ratio - self.log_gain, q)
 
     def _lookup(self, table: Tensor, q: Tensor) -> Tensor:
-        num_levels = table.shape[0]
-        positions = torch.arange((num_levels - 1) * Q_STEPS + 1, device=table.device)
-        low = (positions // Q_STEPS).clamp_max(num_levels - 2)
-        weight = ((positions - low * Q_STEPS) / Q_STEPS)[:, None]
-        every = (table[low] * (1 - weight) + table[low + 1] * weight).exp() * self.in_use
-        return per_position(every, q)
+        if q.numel() == 1:
+            return self._at(table, q.flatten().long())[:, :, None, None]
+        return per_position(self._at(table, torch.arange(len(self.in_use), device=table.device)), q)
+
+    def _at(self, table: Tensor, indexes: Tensor) -> Tensor:
+        low = (indexes // Q_STEPS).clamp_max(len(table) - 2)
+        weight = ((indexes - low * Q_STEPS) / Q_STEPS)[:, None]
+        return torch.exp(table[low] * (1 - weight) + table[low + 1] * weight) * self.in_use[indexes]
 
 
 class CodecModel(nn.Module):
@@ -136,12 +142,13 @@ class CodecModel(nn.Module):
         return self
 
     def use_low_precision(self) -> None:
-        """Keep the bodies of the transforms, of a backbone that has them, in bfloat16: nothing exact depends on them.
+        """Keep ``h_a`` and the bodies of transforms that have them in bfloat16: nothing exact depends on them.
 
         They add little to the linear paths, so 8 bits are enough.
         """
-        for transform in (self.g_a, self.g_s):
-            if isinstance(body := getattr(transform, "body", None), nn.Module):
+        bodies = [getattr(transform, "body", None) for transform in (self.g_a, self.g_s)]
+        for body in (*bodies, self.h_a.embed, self.h_a.layers):
+            if isinstance(body, nn.Module):
                 body.to(torch.bfloat16)
 
     @torch.no_grad()
@@ -208,12 +215,11 @@ class CodecModel(nn.Module):
         With ``averages`` levels are drawn as the search has them, and their bits and reconstructions have the slopes of
         its means; the hyper-latent's bits see uniform noise. Without, levels are the search's own and bits theirs.
         """
-        gain, inverse = self.gains(q)
-        y = self.g_a(x).float() * gain
+        y = self.g_a(x).float() * self.gains.gain(q)
         z = self.h_a(y).float()
         with torch.autocast(x.device.type, enabled=False):  # integers and rates need all of float32
             y_hat, bits = self._code(y, z, q, averages)
-        return ForwardOutput(self.g_s(y_hat * inverse), bits)
+        return ForwardOutput(self.g_s(y_hat * self.gains.inverse(q)), bits)
 
     def _code(self, y: Tensor, z: Tensor, q: Tensor, averages: SearchAverages | None) -> tuple[Tensor, Tensor]:
         """Quantised ``y_hat`` (B, M, h, w) and the estimated bits (B, h, w) of scaled ``y`` and ``z``."""
@@ -262,7 +268,7 @@ class CodecModel(nn.Module):
 
         def analyse(tile: Tile) -> tuple[Tensor]:
             pixels = tile.cut(x, up=LATENT_STRIDE).to(torch.float32).div_(255)
-            return (self.g_a(pixels).float() * self.gains(tile.cut(q))[0],)
+            return (self.g_a(pixels).float() * self.gains.gain(tile.cut(q)),)
 
         def hyper_analyse(tile: Tile) -> tuple[Tensor]:
             return (self.h_a(tile.cut(y)).float().round_(),)
@@ -281,11 +287,10 @@ class CodecModel(nn.Module):
     @torch.inference_mode()
     def quantise(self, y: Tensor, z: Tensor, q: Tensor) -> Quantised:
         """Both halves of scaled ``y`` (B, M, h, w), given ``z``, which is rounded."""
-        y_first, y_second = split_halves(y)
         hyper, first = self.decompress_first(z, q, y.shape[2], y.shape[3])
-        levels_first = self._levels(y_first - first.means / MEAN_STEPS, first)
+        levels_first = self._levels(half_less(y, 0, first.means, 1 / MEAN_STEPS), first)
         second = self.decompress_second(hyper, self.y_fixed(levels_first, first), q)
-        levels_second = self._levels(y_second - second.means / MEAN_STEPS, second)
+        levels_second = self._levels(half_less(y, 1, second.means, 1 / MEAN_STEPS), second)
         return Quantised(z - self.z_prediction(z, q), (levels_first, levels_second), (first, second))
 
     @torch.inference_mode()
@@ -322,24 +327,24 @@ class CodecModel(nn.Module):
 
     def y_hat(self, y_fixed: Tensor, q: Tensor) -> Tensor:
         """What the synthesis takes, float32 (B, M, h, w), from ``y_fixed`` (B, 2, M/2, h, w)."""
-        first, second = y_fixed.unbind(1)
-        scaled = (merge_halves(first, second) / MEAN_STEPS).contiguous(memory_format=torch.channels_last)
-        y_hat: Tensor = scaled * self.gains(q)[1]
-        return y_hat
+        return merge_scaled(*y_fixed.unbind(1), self.gains.inverse(q) / MEAN_STEPS)
 
     @staticmethod
     def y_fixed(levels: Tensor, params: GaussianParams) -> Tensor:
-        """Reconstruction of scaled ``y`` in integer units of 1/MEAN_STEPS, as float32."""
-        return reconstruct(levels) + params.means
+        """Reconstruction of scaled ``y`` in integer units of 1/MEAN_STEPS, as float32, from ``levels`` of any type."""
+        if levels.device.type != "cpu" or torch.is_grad_enabled():
+            return reconstruct(levels.float()) + params.means
+        arrays = channels_last_array(levels), channels_last_array(params.means)
+        return torch.from_numpy(reconstruct_on(*arrays)).permute(0, 3, 1, 2)
 
     @staticmethod
     @torch.no_grad()
     def _levels(residual: Tensor, params: GaussianParams) -> Tensor:
-        """Levels of one half, as float32: ``residual`` is ``y`` less its means. Computed on the CPU."""
+        """Levels of one half, int16 (B, M/2, h, w): ``residual`` is ``y`` less its means. Computed on the CPU."""
         residuals, rows = _as_coded(residual, torch.float32), _as_coded(params.indexes, torch.uint8)
         with give_way():
             levels = torch.from_numpy(quantise(residuals, rows, torch.get_num_threads()))
-        return levels.to(residual.device).permute(0, 3, 1, 2).float()
+        return levels.to(residual.device).permute(0, 3, 1, 2)
 
     @staticmethod
     @torch.no_grad()

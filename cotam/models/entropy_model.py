@@ -16,6 +16,7 @@ own position (the contexts of He et al. 2021 and Li et al. 2023 in one).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -83,7 +84,8 @@ class HyperAnalysis(nn.Module):
         magnitudes = y.abs()
         magnitudes = torch.log(magnitudes + torch.sqrt(y * y + 1))  # asinh, which torch computes one by one on a CPU
         # Means need signs, scales magnitudes.
-        z: Tensor = 2 * self.layers(self.embed(torch.cat([magnitudes.copysign(y), magnitudes], dim=1)))
+        x = torch.cat([magnitudes.copysign(y), magnitudes], dim=1).to(self.embed.weight.dtype)
+        z: Tensor = 2 * self.layers(self.embed(x)).float()
         return (z + coarse).clamp(-ACTIVATION_MAX, ACTIVATION_MAX)
 
 
@@ -171,6 +173,7 @@ class EntropyParameters(nn.Module):
         self.squeeze = IntConv2d(3 * m, n, low=-ACTIVATION_MAX, in_steps=FEATURE_STEPS, out_steps=FEATURE_STEPS)
         self.second = ParameterHead(2 * n, n + n // 2, m, first=False)
         self.register_buffer("_in_use", channels_in_use(config)[:, ::2].contiguous(), persistent=False)
+        self._all_in_use_from = next((q for q in range(config.num_q) if config.num_channels(q) == m), config.num_q)
 
     def in_use(self, q: Tensor) -> Tensor:
         """Which channels of a half there are at ``q`` (B, 1, h, w), or 1x1: 1 or 0, (B, M/2, h, w), or 1x1."""
@@ -180,14 +183,18 @@ class EntropyParameters(nn.Module):
         """What the hyper-latent says on the latent grid of ``height`` x ``width``."""
         hyper = self.h_s(z_hat, pad_to_multiple(q, HYPER_STRIDE) if q.shape[-2:] != (1, 1) else q)
         features, *coarse = (t[..., :height, :width] for t in hyper)
-        return Hyper(features, *(half * self.in_use(q) for half in coarse))
+        return Hyper(features, *self._where_in_use(coarse, q))
 
     def first_params(self, hyper: Hyper, q: Tensor) -> GaussianParams:
         """Parameters of the first half of ``y``."""
-        return self._where_in_use(self.first(hyper.features, q, hyper.coarse_first), q)
+        return GaussianParams(*self._where_in_use(self.first(hyper.features, q, hyper.coarse_first), q))
 
-    def _where_in_use(self, params: GaussianParams, q: Tensor) -> GaussianParams:
-        return GaussianParams(*(t * self.in_use(q) for t in params))
+    def _where_in_use(self, halves: Sequence[Tensor], q: Tensor) -> Sequence[Tensor]:
+        """``halves`` with 0 in channels that ``q`` does not have."""
+        if q.device.type == "cpu" and int(q.min()) >= self._all_in_use_from:
+            return halves
+        in_use = self.in_use(q)
+        return [half * in_use for half in halves]
 
     @torch.no_grad()
     def init_scales(self, scale: Tensor, log_gain_per_q: float) -> None:
@@ -200,7 +207,7 @@ class EntropyParameters(nn.Module):
         """Parameters of the second half, given the first as ``y_first`` (B, M/2, h, w), y_hat in 1/MEAN_STEPS."""
         context = self.squeeze(self.context(y_first - hyper.coarse_first))
         params = self.second(torch.cat([hyper.features, context], dim=1), q, hyper.coarse_second)
-        return self._where_in_use(params, q)
+        return GaussianParams(*self._where_in_use(params, q))
 
 
 def _start_diagonal(weight: Tensor, value: float) -> None:

@@ -10,8 +10,12 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from cotam.entropy.compiled import compiled
+from cotam.models.layers import channels_last_array
 
 
 class Checkerboard(NamedTuple):
@@ -51,6 +55,53 @@ def merge_halves(first: Tensor, second: Tensor) -> Tensor:
     """The inverse of ``split_halves``, channels last."""
     odd = odd_positions(first.shape[2], first.shape[3], first.device)
     return _interleave(torch.where(odd, second, first), torch.where(odd, first, second))
+
+
+def half_less(y: Tensor, half: int, means: Tensor, unit: float) -> Tensor:
+    """Half 0 or 1 of ``y`` (B, M, h, w) less ``means`` (B, M/2, h, w) in units of ``unit``, a power of two."""
+    if y.device.type != "cpu" or torch.is_grad_enabled():
+        return split_halves(y)[half] - means * unit
+    arrays = channels_last_array(y), channels_last_array(means)
+    out = np.empty_like(arrays[1])
+    _half_less(*arrays, half, np.float32(unit), out)
+    return torch.from_numpy(out).permute(0, 3, 1, 2)
+
+
+def merge_scaled(first: Tensor, second: Tensor, scale: Tensor) -> Tensor:
+    """``merge_halves`` times ``scale`` (B, M, h, w), or 1x1."""
+    if first.device.type != "cpu" or torch.is_grad_enabled():
+        return merge_halves(first, second).contiguous(memory_format=torch.channels_last) * scale
+    halves = channels_last_array(first), channels_last_array(second)
+    out = np.empty((*halves[0].shape[:3], scale.shape[1]), dtype=np.float32)
+    _merge_scaled(*halves, channels_last_array(scale), out)
+    return torch.from_numpy(out).permute(0, 3, 1, 2)
+
+
+@compiled
+def _half_less(y, means, half, unit, out):  # type: ignore[no-untyped-def]
+    batch, height, width, num = means.shape
+    for b in range(batch):
+        for i in range(height):
+            for j in range(width):
+                values, less, kept = y[b, i, j, (i + j + half) % 2 :], means[b, i, j], out[b, i, j]
+                for k in range(np.uint64(num)):
+                    kept[k] = values[k + k] - less[k] * unit
+
+
+@compiled
+def _merge_scaled(first, second, scale, out):  # type: ignore[no-untyped-def]
+    batch, height, width, num = first.shape
+    rows, columns = scale.shape[1:3]
+    for b in range(batch):
+        for i in range(height):
+            for j in range(width):
+                even, odd = first[b, i, j], second[b, i, j]
+                if (i + j) % 2 == 1:
+                    even, odd = odd, even
+                factor, merged = scale[b, min(i, rows - 1), min(j, columns - 1)], out[b, i, j]
+                for k in range(np.uint64(num)):
+                    merged[k + k] = even[k] * factor[k + k]
+                    merged[k + k + np.uint64(1)] = odd[k] * factor[k + k + np.uint64(1)]
 
 
 def spread_first(first: Tensor) -> Tensor:

@@ -13,16 +13,15 @@ straight-through gradients to the real-valued parameters behind the integers, so
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cotam.entropy.compiled import compiled
-from cotam.models.layers import clamp_ste, round_ste
+from cotam.models.layers import channels_last_array, clamp_ste, round_ste
 from cotam.models.precision import multiplies_int8
 
 ACTIVATION_MAX = 127
@@ -282,11 +281,6 @@ def _rounded_to_int8(x: Tensor, low: int, high: int) -> Tensor:
     values, rounded = (t.as_strided((t.numel(),), (1,)).numpy() for t in (x, out))  # in the order in memory
     _round_to_int8(values, rounded, np.float32(low), np.float32(high))
     return out
-
-
-def channels_last_array(x: Tensor) -> NDArray[Any]:
-    """(B, C, h, w) on a CPU as a contiguous array (B, h, w, C)."""
-    return x.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 # One pass through memory each, where torch makes one an operation.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -92,6 +93,11 @@ def join_blocks(blocks: Tensor, side: int) -> Tensor:
 def to_pixels(x: Tensor) -> Tensor:
     """The uint8 values of a float image in [0, 1], which may lie outside."""
     return x.float().mul(255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def channels_last_array(x: Tensor) -> NDArray[Any]:
+    """(B, C, h, w) on a CPU as a contiguous array (B, h, w, C)."""
+    return x.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cotam.config import LATENT_STRIDE, CodecConfig
 from cotam.entropy.compiled import compiled
-from cotam.models.layers import DepthwiseBlock, init_unit, join_blocks, start_at_zero, to_pixels
+from cotam.models.layers import DepthwiseBlock, channels_last_array, init_unit, join_blocks, start_at_zero, to_pixels
 
 # What a body's unit-variance features add, so that steps of the optimiser are small against a quantisation step.
 _Y_SCALE = 0.3
@@ -82,7 +82,7 @@ class SynthesisTransform(nn.Module):
         assert isinstance(g_s, SynthesisTransform)
         if y_hat.device.type != "cpu":
             return to_pixels(g_s(y_hat))
-        coarse, fine = (t.permute(0, 2, 3, 1).contiguous().numpy() for t in g_s._blocks(y_hat))
+        coarse, fine = map(channels_last_array, g_s._blocks(y_hat))
         batch, height, width = coarse.shape[:3]
         pixels = np.empty((batch, LATENT_STRIDE * height, LATENT_STRIDE * width, 3), dtype=np.uint8)
         _join(coarse, fine, np.float32(_PIXEL_SCALE), pixels)

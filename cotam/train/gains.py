@@ -65,7 +65,7 @@ class RealCost:
         """Symbols of a batch, and its decoded images."""
         model, raw = self._model, self._raw[k]
         q = self._q.expand(len(raw), 1, 1, 1)
-        y = raw * model.gains(q)[0]
+        y = raw * model.gains.gain(q)
         quantised = model.quantise(y, model.h_a(y).float().round(), q)
         y_fixed = [model.y_fixed(*half) for half in zip(quantised.levels, quantised.params, strict=True)]
         return segments_of(model, model.pack(quantised), q), model.reconstruct(torch.stack(y_fixed, dim=1), q)

@@ -40,7 +40,7 @@ def test_drawn_levels_have_the_errors_and_bits_of_the_search(
         x = torch.from_numpy(photo[:176, :224]).permute(2, 0, 1)[None]
         q = torch.full((1, 1, 1, 1), float((QUALITY - 1) * Q_STEPS))
         with torch.inference_mode():
-            y = model.g_a(x / 255).float() * model.gains(q)[0]
+            y = model.g_a(x / 255).float() * model.gains.gain(q)
             quantised = model.quantise(y, model.h_a(y).round(), q)
         segments = segments_of(model, model.pack(quantised), q)
         real_bits += code_length([s for s in segments if (s[1] < Z_ROWS).all()], tables)

@@ -227,7 +227,7 @@ def test_hidden_layers_neither_idle_nor_clip(
     for quality in qualities:
         q = torch.full((1, 1, x.shape[2] // 16, x.shape[3] // 16), (quality - 1.0) * Q_STEPS)
         with torch.no_grad():
-            y = model.g_a(x).float() * model.gains(q)[0]
+            y = model.g_a(x).float() * model.gains.gain(q)
             hyper = network.hyper(model.h_a(y).round(), q, *y.shape[2:])
             params = network.first_params(hyper, q)
             first = model.y_fixed(model._levels(split_halves(y)[0] - params.means / MEAN_STEPS, params), params)

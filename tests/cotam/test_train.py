@@ -330,10 +330,11 @@ def test_other_quality_levels_start_between_those_that_were_trained(codec: Codec
     between = old.with_lmbdas((*((a * b) ** 0.5 for a, b in itertools.pairwise(lmbdas)), lmbdas[-1]))
     levels, filters = old.config.num_levels, old.z_context.weight.unflatten(0, (-1, old.config.num_levels))
     for k in range(levels - 1):
-        gain, inverse = between.gains(torch.full((1, 1, 1, 1), float(k * Q_STEPS)))
+        here = torch.full((1, 1, 1, 1), float(k * Q_STEPS))
         middle = torch.full((1, 1, 1, 1), float(k * Q_STEPS + Q_STEPS // 2))
         in_use = between.gains.in_use[k * Q_STEPS][None, :, None, None]
-        torch.testing.assert_close((gain, inverse), tuple(t * in_use for t in old.gains(middle)))
+        for now, before in ((between.gains.gain, old.gains.gain), (between.gains.inverse, old.gains.inverse)):
+            torch.testing.assert_close(now(here), before(middle) * in_use)
         mixed = between.z_context.weight.unflatten(0, (-1, levels))[:, k]
         torch.testing.assert_close(mixed, (filters[:, k] + filters[:, k + 1]) / 2)
 
