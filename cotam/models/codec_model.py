@@ -32,7 +32,7 @@ from cotam.models.entropy_model import (
 )
 from cotam.models.halves import half_less, merge_halves, merge_scaled, split_halves
 from cotam.models.integer import ACTIVATION_MAX, BIAS_UNIT, IntConv2d
-from cotam.models.layers import channels_last_array, pad_to_multiple, round_ste
+from cotam.models.layers import channels_last_array, in_one_pass, pad_to_multiple, round_ste
 from cotam.models.tiling import Tile, map_tiles
 from cotam.models.transfer import to_host
 from cotam.models.turns import give_way
@@ -61,7 +61,7 @@ class Latents(NamedTuple):
 
 
 class Quantised(NamedTuple):
-    """Latents as the networks have them: ``z`` less its prediction, in float32, and int16 levels of both halves of ``y``."""
+    """Latents as the networks have them: ``z`` less its prediction, float32, and int16 ``levels`` of both halves."""
 
     z: Tensor
     levels: tuple[Tensor, Tensor]
@@ -267,8 +267,8 @@ class CodecModel(nn.Module):
         height, width = x.shape[2] // LATENT_STRIDE, x.shape[3] // LATENT_STRIDE
 
         def analyse(tile: Tile) -> tuple[Tensor]:
-            pixels = tile.cut(x, up=LATENT_STRIDE).to(torch.float32).div_(255)
-            return (self.g_a(pixels).float() * self.gains.gain(tile.cut(q)),)
+            y = self._backbone.of_pixels(self.g_a, tile.cut(x, up=LATENT_STRIDE))
+            return (y * self.gains.gain(tile.cut(q)),)
 
         def hyper_analyse(tile: Tile) -> tuple[Tensor]:
             return (self.h_a(tile.cut(y)).float().round_(),)
@@ -327,12 +327,13 @@ class CodecModel(nn.Module):
 
     def y_hat(self, y_fixed: Tensor, q: Tensor) -> Tensor:
         """What the synthesis takes, float32 (B, M, h, w), from ``y_fixed`` (B, 2, M/2, h, w)."""
-        return merge_scaled(*y_fixed.unbind(1), self.gains.inverse(q) / MEAN_STEPS)
+        first, second = y_fixed.unbind(1)
+        return merge_scaled(first, second, self.gains.inverse(q) / MEAN_STEPS)
 
     @staticmethod
     def y_fixed(levels: Tensor, params: GaussianParams) -> Tensor:
         """Reconstruction of scaled ``y`` in integer units of 1/MEAN_STEPS, as float32, from ``levels`` of any type."""
-        if levels.device.type != "cpu" or torch.is_grad_enabled():
+        if not in_one_pass(params.means):
             return reconstruct(levels.float()) + params.means
         arrays = channels_last_array(levels), channels_last_array(params.means)
         return torch.from_numpy(reconstruct_on(*arrays)).permute(0, 3, 1, 2)

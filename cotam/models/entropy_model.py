@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from cotam.config import HYPER_STRIDE, CodecConfig
 from cotam.entropy.tables import NUM_SCALES, SCALE_MAX, SCALE_MIN
 from cotam.entropy.trellis import MEAN_STEPS
-from cotam.models.context import Context
+from cotam.models.context import context_of
 from cotam.models.halves import Checkerboard, checkerboard, split_halves
 from cotam.models.integer import ACTIVATION_MAX, BIAS_UNIT, IntConv2d
 from cotam.models.layers import pad_to_multiple, round_ste
@@ -151,7 +151,7 @@ class ParameterHead(nn.Module):
             out = torch.cat(parts).unflatten(0, (height * width, batch)).index_select(0, board.inverse)
             outputs.append(out.transpose(0, 1).unflatten(1, (height, width)).permute(0, 3, 1, 2))
         means, indexes = outputs
-        return GaussianParams(coarse + means, indexes)
+        return GaussianParams(coarse + means, indexes.to(means.dtype))
 
 
 def _rows(x: Tensor, board: Checkerboard) -> Tensor:
@@ -169,7 +169,7 @@ class EntropyParameters(nn.Module):
         n, m = config.N_hyper, config.M
         self.h_s = HyperSynthesis(config)
         self.first = ParameterHead(n, n, m, first=True)
-        self.context = Context(m, FEATURE_STEPS)
+        self.context = IntConv2d(3 * m, 3 * m, depthwise=True, low=-ACTIVATION_MAX, out_steps=FEATURE_STEPS)
         self.squeeze = IntConv2d(3 * m, n, low=-ACTIVATION_MAX, in_steps=FEATURE_STEPS, out_steps=FEATURE_STEPS)
         self.second = ParameterHead(2 * n, n + n // 2, m, first=False)
         self.register_buffer("_in_use", channels_in_use(config)[:, ::2].contiguous(), persistent=False)
@@ -205,7 +205,7 @@ class EntropyParameters(nn.Module):
 
     def second_params(self, hyper: Hyper, y_first: Tensor, q: Tensor) -> GaussianParams:
         """Parameters of the second half, given the first as ``y_first`` (B, M/2, h, w), y_hat in 1/MEAN_STEPS."""
-        context = self.squeeze(self.context(y_first - hyper.coarse_first))
+        context = self.squeeze(context_of(self.context, y_first - hyper.coarse_first))
         params = self.second(torch.cat([hyper.features, context], dim=1), q, hyper.coarse_second)
         return GaussianParams(*self._where_in_use(params, q))
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cotam.entropy.compiled import compiled
-from cotam.models.layers import channels_last_array
+from cotam.models.layers import channels_last_array, in_one_pass
 
 
 class Checkerboard(NamedTuple):
@@ -59,7 +59,7 @@ def merge_halves(first: Tensor, second: Tensor) -> Tensor:
 
 def half_less(y: Tensor, half: int, means: Tensor, unit: float) -> Tensor:
     """Half 0 or 1 of ``y`` (B, M, h, w) less ``means`` (B, M/2, h, w) in units of ``unit``, a power of two."""
-    if y.device.type != "cpu" or torch.is_grad_enabled():
+    if not in_one_pass(y):
         return split_halves(y)[half] - means * unit
     arrays = channels_last_array(y), channels_last_array(means)
     out = np.empty_like(arrays[1])
@@ -69,7 +69,7 @@ def half_less(y: Tensor, half: int, means: Tensor, unit: float) -> Tensor:
 
 def merge_scaled(first: Tensor, second: Tensor, scale: Tensor) -> Tensor:
     """``merge_halves`` times ``scale`` (B, M, h, w), or 1x1."""
-    if first.device.type != "cpu" or torch.is_grad_enabled():
+    if not in_one_pass(first):
         return merge_halves(first, second).contiguous(memory_format=torch.channels_last) * scale
     halves = channels_last_array(first), channels_last_array(second)
     out = np.empty((*halves[0].shape[:3], scale.shape[1]), dtype=np.float32)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cotam.entropy.compiled import compiled
-from cotam.models.layers import channels_last_array, clamp_ste, round_ste
+from cotam.models.layers import channels_last_array, clamp_ste, in_one_pass, round_ste
 from cotam.models.precision import multiplies_int8
 
 ACTIVATION_MAX = 127
@@ -172,13 +172,13 @@ class IntConv2d(nn.Module):
 
     def forward(self, x: Tensor, q: Tensor | None = None) -> Tensor:
         """(B, I, h, w) integers, ``q`` (B, 1, h, w) or (B, 1, 1, 1), to (B, O, h, w) integers, in float32 or int8."""
-        kernel = self._current_kernel()
+        kernel = self.current_kernel()
         if kernel.int8 is not None and not torch.is_grad_enabled():
             batch, _, height, width = x.shape
             q_rows = None if q is None else q.expand(batch, 1, height, width).reshape(-1, 1)
             rows = self._int8_rows(kernel, [x.permute(0, 2, 3, 1).flatten(0, 2)], q_rows)
             return rows.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
-        if self.depthwise and self.weight.shape[0] == x.shape[1] and not x.is_cuda and not torch.is_grad_enabled():
+        if self.depthwise and self.weight.shape[0] == x.shape[1] and in_one_pass(kernel.weight):
             return self._depthwise_int8(kernel, x)
         x = x.to(kernel.weight.dtype)
         with torch.autocast(x.device.type, enabled=False):  # 8 bits of bfloat16 do not hold these integers
@@ -195,7 +195,7 @@ class IntConv2d(nn.Module):
 
     def as_input(self, x: Tensor) -> Tensor:
         """``x`` in the type that ``pointwise`` multiplies: what is moved before it is then a quarter as large."""
-        kernel = self._current_kernel()
+        kernel = self.current_kernel()
         return x.to(torch.int8 if kernel.int8 is not None and not torch.is_grad_enabled() else kernel.weight.dtype)
 
     def pointwise(self, inputs: Sequence[Tensor], q: Tensor, channels: slice = slice(None)) -> Tensor:
@@ -203,7 +203,7 @@ class IntConv2d(nn.Module):
 
         ``inputs`` are float32 or ``as_input`` of it. ``channels`` are the output channels to compute.
         """
-        kernel = self._current_kernel()
+        kernel = self.current_kernel()
         if kernel.int8 is not None and not torch.is_grad_enabled():
             return self._int8_rows(kernel, inputs, q, channels)
         with torch.autocast(q.device.type, enabled=False):
@@ -232,7 +232,6 @@ class IntConv2d(nn.Module):
         _finish(product.numpy(), scale, bias, gain, of_rows, np.float32(self.low), np.float32(self.high), out.numpy())
         return out
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _depthwise_int8(self, kernel: Kernel, x: Tensor) -> Tensor:
         """A depthwise layer of a filter a channel in one pass, out of and into int8."""
         batch, channels, height, width = x.shape
@@ -248,7 +247,8 @@ class IntConv2d(nn.Module):
         """The smallest type that holds what comes out."""
         return torch.int8 if max(-self.low, self.high) <= ACTIVATION_MAX else torch.float32
 
-    def _current_kernel(self) -> Kernel:
+    def current_kernel(self) -> Kernel:
+        """What it computes with now."""
         return self._kernel if self._kernel is not None else Kernel.of(self.integers())
 
     def _round(self, x: Tensor, in_int8: bool = False) -> Tensor:

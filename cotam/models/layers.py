@@ -95,6 +95,13 @@ def to_pixels(x: Tensor) -> Tensor:
     return x.float().mul(255).round_().clamp_(0, 255).to(torch.uint8)
 
 
+def in_one_pass(x: Tensor) -> bool:
+    """Whether compiled loops, which go through memory once, stand in for torch's operations: in inference on a CPU."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu" and x.dtype != torch.float64
+
+
 def channels_last_array(x: Tensor) -> NDArray[Any]:
     """(B, C, h, w) on a CPU as a contiguous array (B, h, w, C)."""
     return x.permute(0, 2, 3, 1).contiguous().numpy()

@@ -13,11 +13,20 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cotam.config import LATENT_STRIDE, CodecConfig
 from cotam.entropy.compiled import compiled
-from cotam.models.layers import DepthwiseBlock, channels_last_array, init_unit, join_blocks, start_at_zero, to_pixels
+from cotam.models.layers import (
+    DepthwiseBlock,
+    channels_last_array,
+    in_one_pass,
+    init_unit,
+    join_blocks,
+    start_at_zero,
+    to_pixels,
+)
 
 # What a body's unit-variance features add, so that steps of the optimiser are small against a quantisation step.
 _Y_SCALE = 0.3
@@ -47,6 +56,20 @@ class AnalysisTransform(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x - 0.5
         return torch.add(_exactly(self.linear, x), _through(self.body, x), alpha=_Y_SCALE)
+
+    @staticmethod
+    def of_pixels(g_a: nn.Module, pixels: Tensor) -> Tensor:
+        """``y`` of ``pixels``, uint8 (B, 3, H, W), in float32."""
+        assert isinstance(g_a, AnalysisTransform)
+        if not in_one_pass(pixels):
+            return g_a(pixels.float().div_(255)).float()
+        embed, *layers = g_a.body
+        assert isinstance(embed, nn.Conv2d)
+        values = torch.arange(256) / 255 - 0.5
+        coarse, fine = (_blocks_of(pixels, values.to(conv.weight.dtype), conv) for conv in (g_a.linear, embed))
+        for layer in layers:
+            fine = layer(fine)
+        return torch.add(coarse, fine, alpha=_Y_SCALE)
 
 
 class SynthesisTransform(nn.Module):
@@ -80,13 +103,37 @@ class SynthesisTransform(nn.Module):
     def pixels(g_s: nn.Module, y_hat: Tensor) -> Tensor:
         """The image that ``g_s`` makes of ``y_hat``, uint8 (B, 3, 16 h, 16 w)."""
         assert isinstance(g_s, SynthesisTransform)
-        if y_hat.device.type != "cpu":
+        if not in_one_pass(y_hat):
             return to_pixels(g_s(y_hat))
         coarse, fine = map(channels_last_array, g_s._blocks(y_hat))
         batch, height, width = coarse.shape[:3]
         pixels = np.empty((batch, LATENT_STRIDE * height, LATENT_STRIDE * width, 3), dtype=np.uint8)
         _join(coarse, fine, np.float32(_PIXEL_SCALE), pixels)
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+def _blocks_of(pixels: Tensor, values: Tensor, conv: nn.Conv2d) -> Tensor:
+    """``conv``, whose stride is its size, of ``values`` (256,) of ``pixels``, as a product of matrices."""
+    images, (side, _) = channels_last_array(pixels), conv.kernel_size
+    batch, height, width = images.shape[0], images.shape[1] // side, images.shape[2] // side
+    words = values.view(torch.int16) if values.dtype == torch.bfloat16 else values  # numpy has no bfloat16
+    blocks = np.empty((batch, height, width, side * side * 3), dtype=words.numpy().dtype)
+    _cut(images, words.numpy(), side, blocks)
+    weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
+    return F.linear(torch.from_numpy(blocks).view(values.dtype), weight, conv.bias).permute(0, 3, 1, 2)
+
+
+@compiled
+def _cut(images, values, side, blocks):  # type: ignore[no-untyped-def]
+    width = np.uint64(3 * side)
+    for b in range(images.shape[0]):
+        for row in range(images.shape[1]):
+            i, start = row // side, np.uint64(row % side) * width
+            line = images[b, row].reshape(-1)
+            for j in range(np.uint64(blocks.shape[2])):
+                block, first = blocks[b, i, j], j * width
+                for k in range(width):
+                    block[start + k] = values[line[first + k]]
 
 
 @compiled

@@ -259,11 +259,11 @@ def test_layers_multiply_int8_where_the_hardware_does(network: EntropyParameters
     """The same integers as in float32; and that this path is taken is what makes the codec fast."""
     pointwise = [m for m in network.modules() if isinstance(m, IntConv2d) and not m.depthwise]
     assert len(pointwise) == 12
-    assert all(layer._current_kernel().int8 is not None for layer in pointwise)
+    assert all(layer.current_kernel().int8 is not None for layer in pointwise)
     in_float = copy.deepcopy(network)
     for layer in in_float.modules():
         if isinstance(layer, IntConv2d):
-            layer._kernel = layer._current_kernel()._replace(in_int8=False, int8=None)
+            layer._kernel = layer.current_kernel()._replace(in_int8=False, int8=None)
     for actual, expected in zip(_run(network, inputs), _run(in_float, inputs), strict=True):
         assert expected.dtype == torch.float32 and torch.equal(actual.float(), expected)
 
