@@ -146,7 +146,7 @@ class ParameterHead(nn.Module):
         for layer in (self.means, self.indexes):
             parts = []
             for parity, span in ((0, slice(0, num_even)), (1, slice(num_even, None))):
-                channels = slice(parity if self.first else 1 - parity, None, 2)
+                channels = parity if self.first else 1 - parity
                 parts.append(layer.pointwise([t[span] for t in inputs], q_rows[span], channels))
             out = torch.cat(parts).unflatten(0, (height * width, batch)).index_select(0, board.inverse)
             outputs.append(out.transpose(0, 1).unflatten(1, (height, width)).permute(0, 3, 1, 2))

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cotam.entropy.compiled import compiled
@@ -45,34 +46,47 @@ class Integers(NamedTuple):
     scale: Tensor
 
 
+class Int8Rows(NamedTuple):
+    """Channels of a 1x1 layer as a product of int8 matrices, and what finishes it.
+
+    weight: int8 (I, O), the integers themselves. scale, bias, gain: float32 (O,): 2^e, and the others times 2^e.
+    """
+
+    weight: Tensor
+    scale: NDArray[np.float32]
+    bias: NDArray[np.float32]
+    gain: NDArray[np.float32]
+
+
 class Kernel(NamedTuple):
     """The integers times 2^e, which changes no mantissa, so sums stay exact: one operation less at every position.
 
-    in_int8: whether activations are int8, as the hardware multiplies it; then ``int8`` (O, I) are the integers of a 1x1
-    layer themselves, and ``scale`` is 2^e.
+    rows: of a 1x1 layer where the hardware multiplies int8: even output channels, odd ones, and all of them.
     """
 
     weight: Tensor
     bias: Tensor
     gain: Tensor
-    scale: Tensor
-    in_int8: bool = False
-    int8: Tensor | None = None
+    rows: tuple[Int8Rows, Int8Rows, Int8Rows] | None = None
 
     @classmethod
     def of(cls, ints: Integers) -> Kernel:
         """The kernel of a layer's integers."""
         scale = ints.scale
-        return cls(ints.weight * scale[:, None, None, None], ints.bias * scale, ints.gain * scale, scale)
+        return cls(ints.weight * scale[:, None, None, None], ints.bias * scale, ints.gain * scale)
 
     @classmethod
     def for_inference(cls, ints: Integers) -> Kernel:
         """The kernel in what the hardware multiplies."""
         kernel, weight = cls.of(ints), ints.weight
-        if weight.dtype != torch.float32 or not multiplies_int8(weight.device):
+        if weight.shape[2:] != (1, 1) or weight.dtype != torch.float32 or not multiplies_int8(weight.device):
             return kernel
-        int8 = weight[:, :, 0, 0].to(torch.int8).contiguous() if weight.shape[2:] == (1, 1) else None
-        return kernel._replace(in_int8=True, int8=int8)
+
+        def rows(channels: slice) -> Int8Rows:
+            of_channels = (t[channels].contiguous().numpy() for t in (ints.scale, kernel.bias, kernel.gain))
+            return Int8Rows(weight[channels, :, 0, 0].to(torch.int8).contiguous().T, *of_channels)
+
+        return kernel._replace(rows=(rows(slice(0, None, 2)), rows(slice(1, None, 2)), rows(slice(None))))
 
 
 class IntConv2d(nn.Module):
@@ -173,10 +187,10 @@ class IntConv2d(nn.Module):
     def forward(self, x: Tensor, q: Tensor | None = None) -> Tensor:
         """(B, I, h, w) integers, ``q`` (B, 1, h, w) or (B, 1, 1, 1), to (B, O, h, w) integers, in float32 or int8."""
         kernel = self.current_kernel()
-        if kernel.int8 is not None and not torch.is_grad_enabled():
+        if kernel.rows is not None and not torch.is_grad_enabled():
             batch, _, height, width = x.shape
             q_rows = None if q is None else q.expand(batch, 1, height, width).reshape(-1, 1)
-            rows = self._int8_rows(kernel, [x.permute(0, 2, 3, 1).flatten(0, 2)], q_rows)
+            rows = self._int8_product(kernel.rows[-1], [x.permute(0, 2, 3, 1).flatten(0, 2)], q_rows)
             return rows.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
         if self.depthwise and self.weight.shape[0] == x.shape[1] and in_one_pass(kernel.weight):
             return self._depthwise_int8(kernel, x)
@@ -191,21 +205,22 @@ class IntConv2d(nn.Module):
             if self.quality_bias:
                 assert q is not None
                 out = out + q * kernel.gain[:, None, None]
-        return self._round(out, kernel.in_int8 and self._compact_type == torch.int8)
+        return self._round(out)
 
     def as_input(self, x: Tensor) -> Tensor:
         """``x`` in the type that ``pointwise`` multiplies: what is moved before it is then a quarter as large."""
         kernel = self.current_kernel()
-        return x.to(torch.int8 if kernel.int8 is not None and not torch.is_grad_enabled() else kernel.weight.dtype)
+        return x.to(torch.int8 if kernel.rows is not None and not torch.is_grad_enabled() else kernel.weight.dtype)
 
-    def pointwise(self, inputs: Sequence[Tensor], q: Tensor, channels: slice = slice(None)) -> Tensor:
+    def pointwise(self, inputs: Sequence[Tensor], q: Tensor, parity: int | None = None) -> Tensor:
         """A 1x1 layer on rows: ``inputs`` (n, I_k) side by side make the I channels, ``q`` (n, 1); (n, O) comes out.
 
-        ``inputs`` are float32 or ``as_input`` of it. ``channels`` are the output channels to compute.
+        ``inputs`` are float32 or ``as_input`` of it. With ``parity`` the even or the odd output channels alone.
         """
         kernel = self.current_kernel()
-        if kernel.int8 is not None and not torch.is_grad_enabled():
-            return self._int8_rows(kernel, inputs, q, channels)
+        if kernel.rows is not None and not torch.is_grad_enabled():
+            return self._int8_product(kernel.rows[-1 if parity is None else parity], inputs, q)
+        channels = slice(parity, None, None if parity is None else 2)
         with torch.autocast(q.device.type, enabled=False):
             weights = kernel.weight[channels, :, 0, 0].T.split([x.shape[1] for x in inputs])
             out = kernel.bias[channels].expand(len(q), -1)
@@ -216,21 +231,18 @@ class IntConv2d(nn.Module):
         return self._round(out)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _int8_rows(
-        self, kernel: Kernel, inputs: Sequence[Tensor], q: Tensor | None, channels: slice = slice(None)
-    ) -> Tensor:
-        """``pointwise`` in int8, summed in int32."""
-        assert kernel.int8 is not None
-        rows = [x.to(torch.int8) for x in inputs]
-        product = torch._int_mm(torch.cat(rows, dim=1) if len(rows) > 1 else rows[0], kernel.int8[channels].T)
-        scale, bias, gain = (t[channels].contiguous().numpy() for t in (kernel.scale, kernel.bias, kernel.gain))
+    def _int8_product(self, rows: Int8Rows, inputs: Sequence[Tensor], q: Tensor | None) -> Tensor:
+        """``pointwise`` in int8, summed in int32; int8 comes out where it holds the layer's range, else float32."""
+        x = [x.to(torch.int8) for x in inputs]
+        product = torch._int_mm(torch.cat(x, dim=1) if len(x) > 1 else x[0], rows.weight).numpy()
         of_rows = _NONE
         if self.quality_bias:
             assert q is not None
             of_rows = q[:, 0].contiguous().numpy()
-        out = torch.empty(product.shape, dtype=self._compact_type)
-        _finish(product.numpy(), scale, bias, gain, of_rows, np.float32(self.low), np.float32(self.high), out.numpy())
-        return out
+        compact = max(-self.low, self.high) <= ACTIVATION_MAX
+        out = np.empty(product.shape, dtype=np.int8 if compact else np.float32)
+        _finish(product, *rows[1:], of_rows, np.float32(self.low), np.float32(self.high), out)
+        return torch.from_numpy(out)
 
     def _depthwise_int8(self, kernel: Kernel, x: Tensor) -> Tensor:
         """A depthwise layer of a filter a channel in one pass, out of and into int8."""
@@ -242,19 +254,14 @@ class IntConv2d(nn.Module):
         _depthwise(padded, weight.numpy(), kernel.bias.numpy(), np.float32(self.low), np.float32(self.high), out)
         return torch.from_numpy(out).permute(0, 3, 1, 2)
 
-    @property
-    def _compact_type(self) -> torch.dtype:
-        """The smallest type that holds what comes out."""
-        return torch.int8 if max(-self.low, self.high) <= ACTIVATION_MAX else torch.float32
-
     def current_kernel(self) -> Kernel:
         """What it computes with now."""
         return self._kernel if self._kernel is not None else Kernel.of(self.integers())
 
-    def _round(self, x: Tensor, in_int8: bool = False) -> Tensor:
+    def _round(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return clamp_ste(round_ste(x), self.low, self.high)
-        return _rounded_to_int8(x, self.low, self.high) if in_int8 else x.round_().clamp_(self.low, self.high)
+        return x.round_().clamp_(self.low, self.high)
 
 
 def depthwise_by_shifts(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -272,14 +279,6 @@ def depthwise_by_shifts(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         for column in range(3):
             shifted = padded[:, :, row : row + height, column : column + width]
             out = torch.addcmul(out, shifted, weight[:, 0, row, column][:, None, None])
-    return out
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _rounded_to_int8(x: Tensor, low: int, high: int) -> Tensor:
-    out = torch.empty_like(x, dtype=torch.int8)
-    values, rounded = (t.as_strided((t.numel(),), (1,)).numpy() for t in (x, out))  # in the order in memory
-    _round_to_int8(values, rounded, np.float32(low), np.float32(high))
     return out
 
 
@@ -320,9 +319,3 @@ def _finish(product, scale, bias, gain, q, low, high, out):  # type: ignore[no-u
         for o in range(product.shape[1]):
             value = np.rint(bias[o] + np.float32(product[i, o]) * scale[o] + q_row * gain[o])
             out[i, o] = min(max(value, low), high)
-
-
-@compiled
-def _round_to_int8(x, out, low, high):  # type: ignore[no-untyped-def]
-    for k in range(len(x)):
-        out[k] = np.int8(min(max(np.rint(x[k]), low), high))

@@ -141,7 +141,7 @@ def test_every_layer_equals_integer_arithmetic(network: EntropyParameters) -> No
                 np.testing.assert_array_equal(depthwise_by_shifts(x, *kernel), expected)  # as on a GPU
             else:
                 x_rows, q_rows = (t.permute(0, 2, 3, 1).flatten(0, 2) for t in (x, q))
-                rows = layer.pointwise(x_rows.split([3, num_in - 3], dim=1), q_rows, slice(1, None, 2))
+                rows = layer.pointwise(x_rows.split([3, num_in - 3], dim=1), q_rows, parity=1)
                 np.testing.assert_array_equal(rows.unflatten(0, (2, 5, 6)).permute(0, 3, 1, 2), actual[:, 1::2])
         np.testing.assert_array_equal(
             actual, _integer_conv(layer, x.numpy().astype(np.int64), q.numpy().astype(np.int64))
@@ -259,11 +259,11 @@ def test_layers_multiply_int8_where_the_hardware_does(network: EntropyParameters
     """The same integers as in float32; and that this path is taken is what makes the codec fast."""
     pointwise = [m for m in network.modules() if isinstance(m, IntConv2d) and not m.depthwise]
     assert len(pointwise) == 12
-    assert all(layer.current_kernel().int8 is not None for layer in pointwise)
+    assert all(layer.current_kernel().rows is not None for layer in pointwise)
     in_float = copy.deepcopy(network)
     for layer in in_float.modules():
         if isinstance(layer, IntConv2d):
-            layer._kernel = layer.current_kernel()._replace(in_int8=False, int8=None)
+            layer._kernel = layer.current_kernel()._replace(rows=None)
     for actual, expected in zip(_run(network, inputs), _run(in_float, inputs), strict=True):
         assert expected.dtype == torch.float32 and torch.equal(actual.float(), expected)
 
