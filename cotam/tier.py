@@ -15,7 +15,6 @@ from cotam.models.causal import CausalPredictor
 from cotam.models.codec_model import CodecModel
 from cotam.models.integer import ACTIVATION_MAX
 from cotam.models.narrow import narrowed
-from cotam.models.precision import computes_in_bfloat16
 from cotam.weights import TierWeights
 
 QualityIndex = int | NDArray[np.uint8]
@@ -40,8 +39,8 @@ class Tier:
         widths = {model.config.num_channels(q) for q in range(model.config.num_q) if self.covers(q)}
         self.models = {m: copy.deepcopy(model) if m == model.config.M else narrowed(model, m) for m in sorted(widths)}
         for each in self.models.values():
-            if device.type == "cpu" and computes_in_bfloat16(device):
-                each.use_low_precision()
+            if device.type == "cpu":
+                each.prepare()
             each.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.coder = RansCoder(weights.tables)
         self._config = model.config

@@ -8,26 +8,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from cotam.config import CodecConfig
 from cotam.models import transforms
-from cotam.models.layers import to_pixels
+from cotam.models.layers import Analysis, Synthesis
 
 
 class Backbone(NamedTuple):
     """A pair of transforms.
 
     analysis, synthesis: constructors of ``g_a`` and ``g_s``. init: ``init(g_a, g_s, patches)`` starts them and returns
-    the deviations of ``y``. of_pixels: ``of_pixels(g_a, image)`` is the float32 ``y`` of uint8 (B, 3, H, W). pixels:
-    ``pixels(g_s, y_hat)`` is such an image. halo: how far outputs of either depend on inputs, in latent positions.
+    the deviations of ``y``. halo: how far outputs of either depend on inputs, in latent positions.
     """
 
-    analysis: Callable[[CodecConfig], nn.Module]
-    synthesis: Callable[[CodecConfig], nn.Module]
-    init: Callable[[nn.Module, nn.Module, Tensor], Tensor]
-    of_pixels: Callable[[nn.Module, Tensor], Tensor]
-    pixels: Callable[[nn.Module, Tensor], Tensor]
+    analysis: Callable[[CodecConfig], Analysis]
+    synthesis: Callable[[CodecConfig], Synthesis]
+    init: Callable[[Analysis, Synthesis, Tensor], Tensor]
     halo: int
 
 
@@ -36,15 +33,6 @@ def backbone(config: CodecConfig) -> Backbone:
     if config.backbone == "elic":
         from cotam.models import elic  # CompressAI is needed for this one only
 
-        return Backbone(elic.analysis, elic.synthesis, elic.init_unit_latents, _of_pixels, _pixels, elic.HALO)
-    g_a, g_s = transforms.AnalysisTransform, transforms.SynthesisTransform
-    return Backbone(g_a, g_s, transforms.init_klt, g_a.of_pixels, g_s.pixels, transforms.halo(config))
-
-
-def _of_pixels(g_a: nn.Module, pixels: Tensor) -> Tensor:
-    y: Tensor = g_a(pixels.float().div_(255)).float()
-    return y
-
-
-def _pixels(g_s: nn.Module, y_hat: Tensor) -> Tensor:
-    return to_pixels(g_s(y_hat))
+        return Backbone(elic.ElicAnalysis, elic.ElicSynthesis, elic.init_unit_latents, elic.HALO)
+    halo = transforms.halo(config)
+    return Backbone(transforms.AnalysisTransform, transforms.SynthesisTransform, transforms.init_klt, halo)

@@ -33,6 +33,7 @@ from cotam.models.entropy_model import (
 from cotam.models.halves import half_less, merge_halves, merge_scaled, split_halves
 from cotam.models.integer import ACTIVATION_MAX, BIAS_UNIT, IntConv2d
 from cotam.models.layers import channels_last_array, in_one_pass, pad_to_multiple, round_ste
+from cotam.models.precision import computes_in_bfloat16
 from cotam.models.tiling import Tile, map_tiles
 from cotam.models.transfer import to_host
 from cotam.models.turns import give_way
@@ -141,15 +142,13 @@ class CodecModel(nn.Module):
                 module.freeze()
         return self
 
-    def use_low_precision(self) -> None:
-        """Keep ``h_a`` and the bodies of transforms that have them in bfloat16: nothing exact depends on them.
-
-        They add little to the linear paths, so 8 bits are enough.
-        """
-        bodies = [getattr(transform, "body", None) for transform in (self.g_a, self.g_s)]
-        for body in (*bodies, self.h_a.embed, self.h_a.layers):
-            if isinstance(body, nn.Module):
-                body.to(torch.bfloat16)
+    def prepare(self) -> None:
+        """Let the transforms and ``h_a``, which nothing exact depends on, compute as is fast on this CPU."""
+        self.g_a.prepare()
+        self.g_s.prepare()
+        if computes_in_bfloat16(torch.device("cpu")):
+            self.h_a.embed.to(torch.bfloat16)
+            self.h_a.layers.to(torch.bfloat16)
 
     @torch.no_grad()
     def init_from_patches(self, patches: Tensor) -> None:
@@ -267,7 +266,7 @@ class CodecModel(nn.Module):
         height, width = x.shape[2] // LATENT_STRIDE, x.shape[3] // LATENT_STRIDE
 
         def analyse(tile: Tile) -> tuple[Tensor]:
-            y = self._backbone.of_pixels(self.g_a, tile.cut(x, up=LATENT_STRIDE))
+            y = self.g_a.of_pixels(tile.cut(x, up=LATENT_STRIDE))
             return (y * self.gains.gain(tile.cut(q)),)
 
         def hyper_analyse(tile: Tile) -> tuple[Tensor]:
@@ -321,7 +320,7 @@ class CodecModel(nn.Module):
         """Images, uint8 (B, 3, 16 h, 16 w), from ``y_fixed`` (B, 2, M/2, h, w), both halves; in tiles if large."""
 
         def stage(tile: Tile) -> tuple[Tensor]:
-            return (self._backbone.pixels(self.g_s, self.y_hat(tile.cut(y_fixed), tile.cut(q))),)
+            return (self.g_s.pixels(self.y_hat(tile.cut(y_fixed), tile.cut(q))),)
 
         return map_tiles(stage, y_fixed.shape[3], y_fixed.shape[4], self.halo, up=LATENT_STRIDE)[0]
 

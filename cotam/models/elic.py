@@ -13,30 +13,35 @@ from compressai.models.utils import conv, deconv
 from torch import Tensor, nn
 
 from cotam.config import CodecConfig
+from cotam.models.layers import Analysis, Synthesis
 
 HALO = 12  # 5 latent positions from the layers at 1/16, less than 6 from those above (a test measures it)
 
 
-def analysis(config: CodecConfig) -> nn.Module:
-    """``g_a``: float RGB (B, 3, H, W) in [0, 1], H and W multiples of 16, to ``y`` (B, M, H/16, W/16)."""
-    n, m = config.N, config.M
-    return nn.Sequential(
-        *(conv(3, n), *_bottlenecks(n)),
-        *(conv(n, n), *_bottlenecks(n), AttentionBlock(n)),
-        *(conv(n, n), *_bottlenecks(n)),
-        *(conv(n, m), AttentionBlock(m)),
-    )
+class ElicAnalysis(nn.Sequential, Analysis):
+    """``g_a``."""
+
+    def __init__(self, config: CodecConfig) -> None:
+        n, m = config.N, config.M
+        super().__init__(
+            *(conv(3, n), *_bottlenecks(n)),
+            *(conv(n, n), *_bottlenecks(n), AttentionBlock(n)),
+            *(conv(n, n), *_bottlenecks(n)),
+            *(conv(n, m), AttentionBlock(m)),
+        )
 
 
-def synthesis(config: CodecConfig) -> nn.Module:
-    """``g_s``: ``y_hat`` (B, M, h, w) to float RGB (B, 3, 16 h, 16 w), not clipped."""
-    n, m = config.N, config.M
-    return nn.Sequential(
-        *(AttentionBlock(m), deconv(m, n), *_bottlenecks(n)),
-        *(deconv(n, n), AttentionBlock(n), *_bottlenecks(n)),
-        *(deconv(n, n), *_bottlenecks(n)),
-        deconv(n, 3),
-    )
+class ElicSynthesis(nn.Sequential, Synthesis):
+    """``g_s``."""
+
+    def __init__(self, config: CodecConfig) -> None:
+        n, m = config.N, config.M
+        super().__init__(
+            *(AttentionBlock(m), deconv(m, n), *_bottlenecks(n)),
+            *(deconv(n, n), AttentionBlock(n), *_bottlenecks(n)),
+            *(deconv(n, n), *_bottlenecks(n)),
+            deconv(n, 3),
+        )
 
 
 @torch.no_grad()

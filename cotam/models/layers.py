@@ -39,6 +39,29 @@ class _ClampSTE(torch.autograd.Function):
         return grad * keep, None, None
 
 
+class Analysis(nn.Module):
+    """A ``g_a``: float RGB (B, 3, H, W) in [0, 1], H and W multiples of 16, to ``y`` (B, M, H/16, W/16)."""
+
+    def of_pixels(self, pixels: Tensor) -> Tensor:
+        """``y`` of ``pixels``, uint8 (B, 3, H, W), in float32."""
+        y: Tensor = self(pixels.float().div_(255)).float()
+        return y
+
+    def prepare(self) -> None:
+        """Let ``of_pixels`` compute as is fast on this CPU, from the weights as they are now."""
+
+
+class Synthesis(nn.Module):
+    """A ``g_s``: ``y_hat`` (B, M, h, w) to float RGB (B, 3, 16 h, 16 w), not clipped."""
+
+    def pixels(self, y_hat: Tensor) -> Tensor:
+        """The image that it makes of ``y_hat``, uint8 (B, 3, 16 h, 16 w)."""
+        return self(y_hat).float().mul_(255).round_().clamp_(0, 255).to(torch.uint8)
+
+    def prepare(self) -> None:
+        """Let ``pixels`` compute as is fast on this CPU, from the weights as they are now."""
+
+
 class DepthwiseBlock(nn.Module):
     """Residual block: depthwise 3x3, gated 1x1 expansion, 1x1 projection; (B, N, H, W) in and out, 3 N^2 + 9 N MACs."""
 
@@ -88,11 +111,6 @@ def join_blocks(blocks: Tensor, side: int) -> Tensor:
     b, _, h, w = blocks.shape
     grid = blocks.permute(0, 2, 3, 1).reshape(b, h, w, side, side * 3)
     return grid.transpose(2, 3).reshape(b, h * side, w * side, 3).permute(0, 3, 1, 2)
-
-
-def to_pixels(x: Tensor) -> Tensor:
-    """The uint8 values of a float image in [0, 1], which may lie outside."""
-    return x.float().mul(255).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def in_one_pass(x: Tensor) -> bool:

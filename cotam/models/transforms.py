@@ -19,14 +19,17 @@ from torch import Tensor, nn
 from cotam.config import LATENT_STRIDE, CodecConfig
 from cotam.entropy.compiled import compiled
 from cotam.models.layers import (
+    Analysis,
     DepthwiseBlock,
+    Synthesis,
     channels_last_array,
     in_one_pass,
     init_unit,
     join_blocks,
     start_at_zero,
-    to_pixels,
 )
+from cotam.models.planes import Planes
+from cotam.models.precision import computes_in_bfloat16, multiplies_int8
 
 # What a body's unit-variance features add, so that steps of the optimiser are small against a quantisation step.
 _Y_SCALE = 0.3
@@ -35,8 +38,10 @@ _PATCH_DIM = 3 * LATENT_STRIDE**2
 _ZERO, _HALF, _MOST = map(np.float32, (0, 0.5, 255))  # numba makes 64 bits of mixed numbers
 
 
-class AnalysisTransform(nn.Module):
-    """``g_a``: float RGB (B, 3, H, W) in [0, 1], H and W multiples of 16, to ``y`` (B, M, H/16, W/16)."""
+class AnalysisTransform(Analysis):
+    """``g_a``."""
+
+    _planes: Planes | None = None  # of the linear path, for pixels less 128
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
@@ -57,23 +62,36 @@ class AnalysisTransform(nn.Module):
         x = x - 0.5
         return torch.add(_exactly(self.linear, x), _through(self.body, x), alpha=_Y_SCALE)
 
-    @staticmethod
-    def of_pixels(g_a: nn.Module, pixels: Tensor) -> Tensor:
-        """``y`` of ``pixels``, uint8 (B, 3, H, W), in float32."""
-        assert isinstance(g_a, AnalysisTransform)
+    @torch.no_grad()
+    def prepare(self) -> None:
+        cpu = torch.device("cpu")
+        if computes_in_bfloat16(cpu):
+            self.body.to(torch.bfloat16)  # it adds little to the linear path, so 8 bits are enough
+        if multiplies_int8(cpu):
+            weight = _as_matrix(self.linear) / 255
+            assert self.linear.bias is not None
+            self._planes = Planes.of(weight, self.linear.bias + weight.sum(1) * (128 - 255 / 2))
+
+    def of_pixels(self, pixels: Tensor) -> Tensor:
         if not in_one_pass(pixels):
-            return g_a(pixels.float().div_(255)).float()
-        embed, *layers = g_a.body
-        assert isinstance(embed, nn.Conv2d)
+            return super().of_pixels(pixels)
         values = torch.arange(256) / 255 - 0.5
-        coarse, fine = (_blocks_of(pixels, values.to(conv.weight.dtype), conv) for conv in (g_a.linear, embed))
+        if self._planes is None:
+            coarse = F.linear(_blocks(pixels, values, LATENT_STRIDE), _as_matrix(self.linear), self.linear.bias)
+        else:
+            blocks = _blocks(pixels, (torch.arange(256) - 128).to(torch.int8), LATENT_STRIDE)
+            coarse = self._planes.product(blocks.flatten(0, 2)).unflatten(0, blocks.shape[:3])
+        embed, *layers = self.body
+        assert isinstance(embed, nn.Conv2d)
+        blocks = _blocks(pixels, values.to(embed.weight.dtype), LATENT_STRIDE // 2)
+        fine = F.linear(blocks, _as_matrix(embed), embed.bias).permute(0, 3, 1, 2)
         for layer in layers:
             fine = layer(fine)
-        return torch.add(coarse, fine, alpha=_Y_SCALE)
+        return torch.add(coarse.permute(0, 3, 1, 2), fine, alpha=_Y_SCALE)
 
 
-class SynthesisTransform(nn.Module):
-    """``g_s``: ``y_hat`` (B, M, h, w) to float RGB (B, 3, 16 h, 16 w), not clipped."""
+class SynthesisTransform(Synthesis):
+    """``g_s``."""
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
@@ -99,28 +117,33 @@ class SynthesisTransform(nn.Module):
         """What the two ways make: float32 (B, 768, h, w) and (B, 192, 2 h, 2 w), blocks as ``join_blocks`` takes."""
         return _exactly(self.linear, y_hat), _through(self.body, y_hat).float()
 
-    @staticmethod
-    def pixels(g_s: nn.Module, y_hat: Tensor) -> Tensor:
-        """The image that ``g_s`` makes of ``y_hat``, uint8 (B, 3, 16 h, 16 w)."""
-        assert isinstance(g_s, SynthesisTransform)
+    def prepare(self) -> None:
+        if computes_in_bfloat16(torch.device("cpu")):
+            self.body.to(torch.bfloat16)
+
+    def pixels(self, y_hat: Tensor) -> Tensor:
         if not in_one_pass(y_hat):
-            return to_pixels(g_s(y_hat))
-        coarse, fine = map(channels_last_array, g_s._blocks(y_hat))
+            return super().pixels(y_hat)
+        coarse, fine = map(channels_last_array, self._blocks(y_hat))
         batch, height, width = coarse.shape[:3]
         pixels = np.empty((batch, LATENT_STRIDE * height, LATENT_STRIDE * width, 3), dtype=np.uint8)
         _join(coarse, fine, np.float32(_PIXEL_SCALE), pixels)
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
-def _blocks_of(pixels: Tensor, values: Tensor, conv: nn.Conv2d) -> Tensor:
-    """``conv``, whose stride is its size, of ``values`` (256,) of ``pixels``, as a product of matrices."""
-    images, (side, _) = channels_last_array(pixels), conv.kernel_size
+def _as_matrix(conv: nn.Conv2d) -> Tensor:
+    """The weight of ``conv`` for what ``_blocks`` gives, (O, side^2 3): a view where it is channels last."""
+    return conv.weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def _blocks(pixels: Tensor, values: Tensor, side: int) -> Tensor:
+    """Blocks (B, H/side, W/side, side^2 3) of uint8 ``pixels`` (B, 3, H, W) as their ``values``, (256,) of any type."""
+    images = channels_last_array(pixels)
     batch, height, width = images.shape[0], images.shape[1] // side, images.shape[2] // side
-    words = values.view(torch.int16) if values.dtype == torch.bfloat16 else values  # numpy has no bfloat16
-    blocks = np.empty((batch, height, width, side * side * 3), dtype=words.numpy().dtype)
-    _cut(images, words.numpy(), side, blocks)
-    weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
-    return F.linear(torch.from_numpy(blocks).view(values.dtype), weight, conv.bias).permute(0, 3, 1, 2)
+    words = (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()  # numpy has no bfloat16
+    blocks = np.empty((batch, height, width, side * side * 3), dtype=words.dtype)
+    _cut(images, words, side, blocks)
+    return torch.from_numpy(blocks).view(values.dtype)
 
 
 @compiled
@@ -138,7 +161,7 @@ def _cut(images, values, side, blocks):  # type: ignore[no-untyped-def]
 
 @compiled
 def _join(coarse, fine, scale, pixels):  # type: ignore[no-untyped-def]
-    """``to_pixels`` of the forward pass in one way through memory, where torch makes ten."""
+    """The forward pass' image, scaled, rounded and clipped, in one way through memory, where torch makes ten."""
     for b in range(pixels.shape[0]):
         for row in range(pixels.shape[1]):
             out = pixels[b, row].reshape(-1)

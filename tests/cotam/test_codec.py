@@ -116,7 +116,7 @@ def _bfloat16(codec: Codec) -> Iterator[Codec]:
 def _float32(codec: Codec) -> Iterator[Codec]:
     """As on a CPU without bfloat16."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cotam.tier.computes_in_bfloat16", lambda device: False)
+        patch.setattr("cotam.models.precision._cpu_flags", frozenset)
         yield Codec.load()
 
 

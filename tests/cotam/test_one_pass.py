@@ -1,0 +1,85 @@
+"""Compiled loops of inference on a CPU give what the torch operations give that they stand in for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cotam.codec import Codec
+from cotam.models.codec_model import CodecModel
+from cotam.models.context import context_of
+from cotam.models.entropy_model import GaussianParams
+from cotam.models.halves import half_less, merge_scaled
+from cotam.models.planes import Planes
+
+M, HEIGHT, WIDTH = 160, 5, 7
+
+
+def _integers(*shape: int, most: int = 3000, seed: int = 0) -> Tensor:
+    values = torch.randint(-most, most + 1, shape, generator=torch.Generator().manual_seed(seed)).float()
+    return values.to(memory_format=torch.channels_last)
+
+
+HALF, OTHER = _integers(2, M // 2, HEIGHT, WIDTH), _integers(2, M // 2, HEIGHT, WIDTH, seed=1)
+SCALE = torch.rand(2, M, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def model(codec: Codec) -> CodecModel:
+    """Of quality 4, in float32."""
+    return next(tier.whole for tier in codec.tiers if tier.covers(12))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(lambda _: half_less(_integers(2, M, HEIGHT, WIDTH), 0, HALF, 1 / 8), id="first half"),
+        pytest.param(lambda _: half_less(_integers(2, M, HEIGHT, WIDTH), 1, HALF, 1 / 8), id="second half"),
+        pytest.param(lambda _: merge_scaled(HALF, OTHER, SCALE), id="merged"),
+        pytest.param(lambda _: merge_scaled(HALF, OTHER.contiguous(), SCALE[:, :, :1, :1]), id="merged, one scale"),
+        pytest.param(lambda m: m.y_fixed(OTHER.short(), GaussianParams(HALF, HALF)), id="reconstructed"),
+        pytest.param(lambda m: context_of(m.entropy_parameters.context, HALF), id="context"),
+        pytest.param(lambda m: m.entropy_parameters.h_s.spatial2(_integers(2, 192, 6, 5, most=127)), id="depthwise"),
+        pytest.param(lambda m: m.g_s.pixels(_integers(2, M, HEIGHT, WIDTH, most=2)), id="pixels"),
+    ],
+)
+def test_loops_give_what_torch_gives(model: CodecModel, function: Callable[[CodecModel], Tensor]) -> None:
+    with torch.inference_mode():
+        fused = function(model)
+    with torch.enable_grad():
+        expected = function(model)
+    assert len(expected.unique()) > 10
+    assert torch.equal(fused.to(expected.dtype), expected)
+
+
+def test_blocks_of_pixels_are_analysed_as_images_are(model: CodecModel) -> None:
+    """Also prepared for this CPU: with the linear path in int8 and the body in bfloat16 where it has them."""
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 48, 80, 3), dtype=np.uint8)
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    prepared = copy.deepcopy(model)
+    prepared.prepare()
+    with torch.inference_mode():
+        expected, linear = model.g_a(x / 255), model.g_a.linear(x / 255 - 0.5)
+        torch.testing.assert_close(model.g_a.of_pixels(x), expected, rtol=0, atol=1e-5)
+        error = (prepared.g_a.of_pixels(x) - expected).square().mean()
+    assert error < 1e-4 * (expected - linear).square().mean()  # against all that the body adds
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0])
+def test_planes_multiply_nearly_as_floats_do(scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = scale * torch.randn(40, 768, generator=generator) * torch.logspace(-3, 0, 40)[:, None]
+    weight[3] = 0
+    bias = torch.randn(40, generator=generator)
+    rows = torch.randint(-128, 128, (33, 768), dtype=torch.int8, generator=generator)
+    rows[0], rows[1] = -128, 127
+    expected = rows.double() @ weight.double().T + bias.double()
+    unit = weight.abs().amax(1).double() / 127
+    # Each weight is off by half a step of the second plane at most, and what comes out by float32's rounding.
+    most = unit / (4 * 127) * rows.double().abs().sum(1, keepdim=True) + 1e-6 * expected.abs() + 1e-6
+    assert ((Planes.of(weight, bias).product(rows).double() - expected).abs() <= most).all()
