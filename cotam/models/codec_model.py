@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,10 +61,15 @@ class Latents(NamedTuple):
 
 
 class Quantised(NamedTuple):
-    """Latents as the networks have them: ``z`` less its prediction, float32, and int16 ``levels`` of both halves."""
+    """Latents as the networks have them.
+
+    z: float32, less its prediction. levels, rows: of both halves, int16 levels and uint8 scale indexes, on the CPU,
+    (B, M/2, h, w), channels last. params: of both.
+    """
 
     z: Tensor
     levels: tuple[Tensor, Tensor]
+    rows: tuple[Tensor, Tensor]
     params: tuple[GaussianParams, GaussianParams]
 
 
@@ -200,9 +204,11 @@ class CodecModel(nn.Module):
 
     def z_prediction(self, z: Tensor, q: Tensor) -> Tensor:
         """What the positions before say about ``z``, both (B, N_z, hz, wz), by the weights of each position's level."""
+        levels = self.z_levels(q)
+        if levels.numel() == 1 and in_one_pass(z):
+            return self.z_context.by_one_filter(z, int(levels))
         every = self.z_context(z).unflatten(1, (z.shape[1], -1))
-        levels = self.z_levels(q)[:, None, None].expand(-1, z.shape[1], 1, *z.shape[2:])
-        return every.gather(2, levels)[:, :, 0]
+        return every.gather(2, levels[:, None, None].expand(-1, z.shape[1], 1, *z.shape[2:]))[:, :, 0]
 
     def z_indexes(self) -> Tensor:
         """Scale indexes of z, int64 (L, N_z)."""
@@ -244,7 +250,7 @@ class CodecModel(nn.Module):
         """``y_fixed`` (B, M/2, h, w) of one half and its estimated bits (B, h, w)."""
         residual = y - params.means / MEAN_STEPS
         if averages is None:
-            levels = self._levels(residual, params)
+            levels, _ = self._search(residual, params)
             return self.y_fixed(levels, params), self.estimated_bits(levels, params)
         y_fixed = self.y_fixed(averages.draw(residual, params.indexes), params)
         mean = params.means + MEAN_STEPS * averages.mean_reconstruction(residual, params.indexes)
@@ -279,18 +285,18 @@ class CodecModel(nn.Module):
     @staticmethod
     def pack(quantised: Quantised) -> Latents:
         """What an encoder codes of ``quantised``."""
-        indexes = [params.indexes for params in quantised.params]
-        levels = _channels_last(quantised.levels, torch.int16)
-        return Latents(quantised.z.short(), levels, _channels_last(indexes, torch.uint8))
+        halves = (torch.stack([t.permute(0, 2, 3, 1) for t in pair], 1) for pair in (quantised.levels, quantised.rows))
+        return Latents(quantised.z.short(), *halves)
 
     @torch.inference_mode()
     def quantise(self, y: Tensor, z: Tensor, q: Tensor) -> Quantised:
         """Both halves of scaled ``y`` (B, M, h, w), given ``z``, which is rounded."""
         hyper, first = self.decompress_first(z, q, y.shape[2], y.shape[3])
-        levels_first = self._levels(half_less(y, 0, first.means, 1 / MEAN_STEPS), first)
+        levels_first, rows_first = self._search(half_less(y, 0, first.means, 1 / MEAN_STEPS), first)
         second = self.decompress_second(hyper, self.y_fixed(levels_first, first), q)
-        levels_second = self._levels(half_less(y, 1, second.means, 1 / MEAN_STEPS), second)
-        return Quantised(z - self.z_prediction(z, q), (levels_first, levels_second), (first, second))
+        levels_second, rows_second = self._search(half_less(y, 1, second.means, 1 / MEAN_STEPS), second)
+        z_residual = z - self.z_prediction(z, q)
+        return Quantised(z_residual, (levels_first, levels_second), (rows_first, rows_second), (first, second))
 
     @torch.inference_mode()
     def decompress_first(self, z_hat: Tensor, q: Tensor, height: int, width: int) -> tuple[Hyper, GaussianParams]:
@@ -333,34 +339,30 @@ class CodecModel(nn.Module):
     def y_fixed(levels: Tensor, params: GaussianParams) -> Tensor:
         """Reconstruction of scaled ``y`` in integer units of 1/MEAN_STEPS, as float32, from ``levels`` of any type."""
         if not in_one_pass(params.means):
-            return reconstruct(levels.float()) + params.means
+            return reconstruct(levels.to(params.means)) + params.means
         arrays = channels_last_array(levels), channels_last_array(params.means)
         return torch.from_numpy(reconstruct_on(*arrays)).permute(0, 3, 1, 2)
 
     @staticmethod
     @torch.no_grad()
-    def _levels(residual: Tensor, params: GaussianParams) -> Tensor:
-        """Levels of one half, int16 (B, M/2, h, w): ``residual`` is ``y`` less its means. Computed on the CPU."""
+    def _search(residual: Tensor, params: GaussianParams) -> tuple[Tensor, Tensor]:
+        """Levels and rows of one half, as in ``Quantised``: ``residual`` is ``y`` less its means."""
         residuals, rows = _as_coded(residual, torch.float32), _as_coded(params.indexes, torch.uint8)
         with give_way():
-            levels = torch.from_numpy(quantise(residuals, rows, torch.get_num_threads()))
-        return levels.to(residual.device).permute(0, 3, 1, 2)
+            levels = quantise(residuals, rows, torch.get_num_threads())
+        return torch.from_numpy(levels).permute(0, 3, 1, 2), torch.from_numpy(rows).permute(0, 3, 1, 2)
 
     @staticmethod
     @torch.no_grad()
     def estimated_bits(levels: Tensor, params: GaussianParams) -> Tensor:
         """Bits (B, h, w) of the ``levels`` of one half by the model's Gaussians."""
         pairs = zip(_as_coded(levels, torch.int32), _as_coded(params.indexes, torch.uint8), strict=True)
-        return torch.from_numpy(np.stack([estimated_bits(*pair).sum(-1) for pair in pairs])).to(levels.device)
+        return torch.from_numpy(np.stack([estimated_bits(*pair).sum(-1) for pair in pairs])).to(params.means.device)
 
 
 def _as_coded(half: Tensor, dtype: torch.dtype) -> NDArray[Any]:
     """(B, M/2, h, w) on the CPU in the order that elements are coded in, (B, h, w, M/2)."""
     return to_host(half.permute(0, 2, 3, 1).to(dtype).contiguous())
-
-
-def _channels_last(halves: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.stack([half.permute(0, 2, 3, 1).to(dtype) for half in halves], dim=1)
 
 
 def rate_distortion_loss(out: ForwardOutput, x: Tensor, q: Tensor, lmbdas: Tensor) -> Tensor:

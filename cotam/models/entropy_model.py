@@ -140,7 +140,9 @@ class ParameterHead(nn.Module):
         batch, _, height, width = x.shape
         board = checkerboard(height, width, x.device)
         rows, q_rows = _rows(self.mix.as_input(x), board), _rows(q.expand(batch, 1, height, width), board)
-        inputs = rows, self.mix.as_input(self.mix.pointwise([rows], q_rows))
+        inputs: tuple[Tensor, ...] = rows, self.mix.as_input(self.mix.pointwise([rows], q_rows))
+        if rows.dtype == torch.int8:
+            inputs = (torch.cat(inputs, dim=1),)  # once instead of in every product
         num_even = batch * board.num_even
         outputs = []
         for layer in (self.means, self.indexes):

@@ -193,7 +193,7 @@ class IntConv2d(nn.Module):
             rows = self._int8_product(kernel.rows[-1], [x.permute(0, 2, 3, 1).flatten(0, 2)], q_rows)
             return rows.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
         if self.depthwise and self.weight.shape[0] == x.shape[1] and in_one_pass(kernel.weight):
-            return self._depthwise_int8(kernel, x)
+            return self.by_one_filter(x, 0)
         x = x.to(kernel.weight.dtype)
         with torch.autocast(x.device.type, enabled=False):  # 8 bits of bfloat16 do not hold these integers
             if self.depthwise and x.is_cuda and not torch.is_grad_enabled():
@@ -244,14 +244,16 @@ class IntConv2d(nn.Module):
         _finish(product, *rows[1:], of_rows, np.float32(self.low), np.float32(self.high), out)
         return torch.from_numpy(out)
 
-    def _depthwise_int8(self, kernel: Kernel, x: Tensor) -> Tensor:
-        """A depthwise layer of a filter a channel in one pass, out of and into int8."""
+    def by_one_filter(self, x: Tensor, which: int) -> Tensor:
+        """A depthwise layer with one of the filters that each channel of ``x`` has: int8 (B, I, h, w). On a CPU."""
+        kernel = self.current_kernel()
         batch, channels, height, width = x.shape
+        filters = len(kernel.bias) // channels
         padded = np.zeros((batch, height + 2, width + 2, channels), dtype=np.int8)
         padded[:, 1:-1, 1:-1] = channels_last_array(x)
         out = np.empty((batch, height, width, channels), dtype=np.int8)
-        weight = kernel.weight.reshape(channels, 9).T.contiguous()
-        _depthwise(padded, weight.numpy(), kernel.bias.numpy(), np.float32(self.low), np.float32(self.high), out)
+        weight, bias = kernel.weight[which::filters].flatten(1).T.contiguous(), kernel.bias[which::filters].contiguous()
+        _depthwise(padded, weight.numpy(), bias.numpy(), np.float32(self.low), np.float32(self.high), out)
         return torch.from_numpy(out).permute(0, 3, 1, 2)
 
     def current_kernel(self) -> Kernel:

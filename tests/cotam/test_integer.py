@@ -230,7 +230,7 @@ def test_hidden_layers_neither_idle_nor_clip(
             y = model.g_a(x).float() * model.gains.gain(q)
             hyper = network.hyper(model.h_a(y).round(), q, *y.shape[2:])
             params = network.first_params(hyper, q)
-            first = model.y_fixed(model._levels(split_halves(y)[0] - params.means / MEAN_STEPS, params), params)
+            first = model.y_fixed(model._search(split_halves(y)[0] - params.means / MEAN_STEPS, params)[0], params)
             network.second_params(hyper, first, q)
         assert len(seen) == 9
         for name, out in seen.items():
