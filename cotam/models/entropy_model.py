@@ -19,22 +19,25 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cotam.config import HYPER_STRIDE, CodecConfig
+from cotam.entropy.compiled import compiled
 from cotam.entropy.tables import NUM_SCALES, SCALE_MAX, SCALE_MIN
 from cotam.entropy.trellis import MEAN_STEPS
 from cotam.models.context import context_of
 from cotam.models.halves import Checkerboard, checkerboard, split_halves
 from cotam.models.integer import ACTIVATION_MAX, BIAS_UNIT, IntConv2d
-from cotam.models.layers import pad_to_multiple, round_ste
+from cotam.models.layers import channels_last_array, in_one_pass, pad_to_multiple, round_ste
 
 MEAN_MAX = 2**15 - 1
 FEATURE_STEPS = 16  # features are 0 to 8 in steps of 1/16: in whole steps most of them are 0, and hidden layers idle
 COARSE_STEP = 4  # units of y in one of the z channels that start as its mean over 4x4 positions
 NUM_COARSE = 16  # how many do; y's channels start in the order of their energy
+_ZERO, _ONE = map(np.float32, (0, 1))  # numba makes 64 bits of mixed numbers
 _LOG_SCALE_STEP = math.log(SCALE_MAX / SCALE_MIN) / (NUM_SCALES - 1)
 
 
@@ -78,15 +81,50 @@ class HyperAnalysis(nn.Module):
                     conv.weight.mul_(2.2)
 
     def forward(self, y: Tensor) -> Tensor:
-        # Amplitudes span three decades over channels and qualities; asinh keeps them in a workable range.
         y = pad_to_multiple(y, HYPER_STRIDE)
         coarse = self.pool(F.avg_pool2d(y, HYPER_STRIDE))
-        magnitudes = y.abs()
-        magnitudes = torch.log(magnitudes + torch.sqrt(y * y + 1))  # asinh, which torch computes one by one on a CPU
-        # Means need signs, scales magnitudes.
-        x = torch.cat([magnitudes.copysign(y), magnitudes], dim=1).to(self.embed.weight.dtype)
-        z: Tensor = 2 * self.layers(self.embed(x)).float()
+        z: Tensor = 2 * self.layers(self.embed(amplitudes(y).to(self.embed.weight.dtype))).float()
         return (z + coarse).clamp(-ACTIVATION_MAX, ACTIVATION_MAX)
+
+
+def amplitudes(y: Tensor) -> Tensor:
+    """asinh(y), then its magnitudes, (B, 2 M, h, w): means need signs, scales magnitudes.
+
+    Amplitudes span three decades over channels and qualities; asinh keeps them in a workable range.
+    """
+    if not in_one_pass(y):
+        magnitudes = y.abs()
+        magnitudes = torch.log(magnitudes + torch.sqrt(y * y + 1))  # torch computes asinh one by one on a CPU
+        return torch.cat([magnitudes.copysign(y), magnitudes], dim=1)
+    values = channels_last_array(y)
+    sizes, out = np.empty_like(values), np.empty((*values.shape[:3], 2 * values.shape[3]), dtype=np.float32)
+    _exp_asinh(values.reshape(-1), sizes.reshape(-1))
+    torch.from_numpy(sizes).log_()
+    _with_signs(values, sizes, out)
+    return torch.from_numpy(out).permute(0, 3, 1, 2)
+
+
+@compiled
+def _exp_asinh(values, out):  # type: ignore[no-untyped-def]
+    for k in range(len(values)):
+        out[k] = abs(values[k]) + np.sqrt(values[k] * values[k] + _ONE)
+
+
+@compiled
+def _with_signs(values, magnitudes, out):  # type: ignore[no-untyped-def]
+    batch, height, width, num = values.shape
+    for b in range(batch):
+        for i in range(height):
+            for j in range(width):
+                signs, sizes, signed, unsigned = (
+                    values[b, i, j],
+                    magnitudes[b, i, j],
+                    out[b, i, j, :num],
+                    out[b, i, j, num:],
+                )
+                for k in range(num):
+                    signed[k] = sizes[k] if signs[k] >= _ZERO else -sizes[k]
+                    unsigned[k] = sizes[k]
 
 
 class HyperSynthesis(nn.Module):

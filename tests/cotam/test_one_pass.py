@@ -13,7 +13,7 @@ from torch import Tensor
 from cotam.codec import Codec
 from cotam.models.codec_model import CodecModel
 from cotam.models.context import context_of
-from cotam.models.entropy_model import GaussianParams
+from cotam.models.entropy_model import GaussianParams, amplitudes
 from cotam.models.halves import half_less, merge_scaled
 from cotam.models.planes import Planes
 
@@ -45,6 +45,7 @@ def model(codec: Codec) -> CodecModel:
         pytest.param(lambda m: m.y_fixed(OTHER.short(), GaussianParams(HALF, HALF)), id="reconstructed"),
         pytest.param(lambda m: context_of(m.entropy_parameters.context, HALF), id="context"),
         pytest.param(lambda m: m.entropy_parameters.h_s.spatial2(_integers(2, 192, 6, 5, most=127)), id="depthwise"),
+        pytest.param(lambda _: amplitudes(HALF / 99), id="amplitudes"),
         pytest.param(lambda m: m.g_s.pixels(_integers(2, M, HEIGHT, WIDTH, most=2)), id="pixels"),
     ],
 )
