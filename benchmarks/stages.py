@@ -47,7 +47,7 @@ def watch(codec: Codec, clock: Clock = time.perf_counter) -> Stages:
     """Stages of this codec's encoding and decoding."""
     stages = Stages(clock)
     for model in (model for tier in codec.tiers for model in tier.models.values()):
-        stages.wrap("g_a", model.g_a, "forward")
+        stages.wrap("g_a", model.g_a, "of_pixels")
         stages.wrap("h_a", model.h_a, "forward")
         stages.wrap("gains and g_s", model, "reconstruct")
         for name in ("hyper", "first_params", "second_params"):

@@ -330,7 +330,8 @@ class Codec:
             return decode_levels(decoders[k], rows[k])
 
         with give_way():
-            levels = np.stack(_map(executor, decode, range(len(decoders))))
+            halves = _map(executor, decode, range(len(decoders)))
+            levels = np.stack(halves) if len(halves) > 1 else halves[0][None]
         return torch.from_numpy(levels).to(self.device).permute(0, 3, 1, 2)
 
     def _reconstruct_group(self, images: list[DecompressedImage]) -> list[RGBImage]:

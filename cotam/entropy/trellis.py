@@ -65,6 +65,7 @@ def reconstruct(levels: Tensor) -> Tensor:
 
 def reconstruct_on(levels: NDArray[Any], means: NDArray[np.float32]) -> NDArray[np.float32]:
     """``reconstruct`` plus ``means``, of one contiguous shape, in one pass."""
+    assert levels.shape == means.shape
     out = np.empty_like(means)
     _reconstruct_on(levels.reshape(-1), means.reshape(-1), _UNIT, _OFFSET, out.reshape(-1))
     return out

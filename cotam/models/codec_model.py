@@ -339,7 +339,7 @@ class CodecModel(nn.Module):
     def y_fixed(levels: Tensor, params: GaussianParams) -> Tensor:
         """Reconstruction of scaled ``y`` in integer units of 1/MEAN_STEPS, as float32, from ``levels`` of any type."""
         if not in_one_pass(params.means):
-            return reconstruct(levels.to(params.means)) + params.means
+            return reconstruct(levels.to(params.means.device).to(params.means.dtype)) + params.means
         arrays = channels_last_array(levels), channels_last_array(params.means)
         return torch.from_numpy(reconstruct_on(*arrays)).permute(0, 3, 1, 2)
 

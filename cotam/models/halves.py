@@ -73,7 +73,7 @@ def merge_scaled(first: Tensor, second: Tensor, scale: Tensor) -> Tensor:
         return merge_halves(first, second).contiguous(memory_format=torch.channels_last) * scale
     halves = channels_last_array(first), channels_last_array(second)
     out = np.empty((*halves[0].shape[:3], scale.shape[1]), dtype=np.float32)
-    _merge_scaled(*halves, channels_last_array(scale), out)
+    _merge_scaled(*halves, channels_last_array(scale.expand(len(first), -1, -1, -1)), out)
     return torch.from_numpy(out).permute(0, 3, 1, 2)
 
 

@@ -41,7 +41,7 @@ def model(codec: Codec) -> CodecModel:
         pytest.param(lambda _: half_less(_integers(2, M, HEIGHT, WIDTH), 0, HALF, 1 / 8), id="first half"),
         pytest.param(lambda _: half_less(_integers(2, M, HEIGHT, WIDTH), 1, HALF, 1 / 8), id="second half"),
         pytest.param(lambda _: merge_scaled(HALF, OTHER, SCALE), id="merged"),
-        pytest.param(lambda _: merge_scaled(HALF, OTHER.contiguous(), SCALE[:, :, :1, :1]), id="merged, one scale"),
+        pytest.param(lambda _: merge_scaled(HALF, OTHER.contiguous(), SCALE[:1, :, :1, :1]), id="merged, one scale"),
         pytest.param(lambda m: m.y_fixed(OTHER.short(), GaussianParams(HALF, HALF)), id="reconstructed"),
         pytest.param(lambda m: context_of(m.entropy_parameters.context, HALF), id="context"),
         pytest.param(lambda m: m.entropy_parameters.h_s.spatial2(_integers(2, 192, 6, 5, most=127)), id="depthwise"),
