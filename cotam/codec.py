@@ -317,6 +317,7 @@ class Codec:
         if bits is not None:
             for levels, params in ((levels_first, first), (levels_second, second)):
                 bits += model.estimated_bits(levels, params)[0].cpu()
+        # Channels last in memory, as the synthesis takes them.
         y_fixed = torch.stack([y.permute(0, 2, 3, 1) for y in (y_first, y_second)], dim=1).permute(0, 1, 4, 2, 3)
         return [
             DecompressedImage(o.width, o.height, o.quality_index, o.tier, y)

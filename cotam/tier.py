@@ -29,14 +29,15 @@ class Tier:
 
     Attributes:
         lowest_quality, highest_quality: its range. No image has others, and so no other numbers of channels.
-        whole: the model. models: by number of channels of ``y``, the model cut to them (``cotam.models.narrow``).
+        models: by number of channels of ``y``, the model cut to them (``cotam.models.narrow``), for this device.
         coder: of symbols, by the tier's tables.
     """
 
     def __init__(self, weights: TierWeights, device: torch.device) -> None:
         model = weights.model
-        self.lowest_quality, self.highest_quality, self.whole = weights.lowest_quality, weights.highest_quality, model
+        self.lowest_quality, self.highest_quality = weights.lowest_quality, weights.highest_quality
         widths = {model.config.num_channels(q) for q in range(model.config.num_q) if self.covers(q)}
+        # Copies, as they are prepared for good.
         self.models = {m: copy.deepcopy(model) if m == model.config.M else narrowed(model, m) for m in sorted(widths)}
         for each in self.models.values():
             if device.type == "cpu":

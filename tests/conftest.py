@@ -11,6 +11,7 @@ import torch
 
 from cotam.codec import Codec
 from cotam.image import RGBImage
+from cotam.weights import TierWeights, parse_codec, read_weights
 from tests.cotam.tiny_models import TinyModels, train_tiny_models
 
 
@@ -18,6 +19,12 @@ from tests.cotam.tiny_models import TinyModels, train_tiny_models
 def codec() -> Codec:
     """The packaged codec that is the default."""
     return Codec.load()
+
+
+@pytest.fixture(scope="session")
+def tiers() -> tuple[TierWeights, ...]:
+    """The models of the codec that is the default, whole and as they are in its file. Nothing may change them."""
+    return tuple(parse_codec(read_weights("cotam-base"), "cotam-base").tiers)
 
 
 @pytest.fixture(scope="session", params=["cotam-base", "cotam-large"])

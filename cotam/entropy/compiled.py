@@ -1,4 +1,8 @@
-"""Compilation of the loops of entropy coding to machine code that other threads run beside."""
+"""Compilation of loops to machine code that other threads run beside.
+
+What their authors have to know of numba: signed indexes cost a test for negative ones each, so those that are computed
+are uint64; mixed numbers become 64 bits wide, so constants have the type of what they meet; nothing checks bounds.
+"""
 
 from __future__ import annotations
 

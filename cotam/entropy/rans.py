@@ -140,8 +140,8 @@ def _from_bytes(data: bytes | memoryview) -> NDArray[np.uint64]:
     return padded.view("<u8")[:, 0].astype(np.uint64)
 
 
-# The kernels work in unsigned integers throughout: signed indexes cost numba a test for negative ones each, and uint64
-# mixed with int64 becomes float64. Moving a word is branch-free, because no predictor guesses when one is due.
+# The kernels work in unsigned integers throughout: uint64 mixed with int64 becomes float64. Moving a word is
+# branch-free, because no predictor guesses when one is due.
 
 
 @compiled

@@ -38,7 +38,7 @@ _SHARED_SIZE = 2**15  # halves with fewer elements are not worth the threads
 _COST_UNIT = np.float32(80)
 _LARGEST_TOTAL = np.uint8(255)
 _RESET_STEPS = 16  # the least total becomes 0 so often
-# Costs are found in float32 throughout: numba makes 64 bits of mixed numbers.
+# Costs are found in float32 throughout.
 _ZERO, _ONE = map(np.float32, (0, 1))
 _STEP, _STEPS_IN_UNIT, _OFFSET = map(np.float32, (LEVEL_STEP, 1 / LEVEL_STEP, LEVEL_OFFSET))
 _LAST_COSTED, _LARGEST = np.float32(_COSTED_LEVELS - 1), np.float32(SYMBOL_MAX * LEVEL_STEP - 4)

@@ -32,7 +32,6 @@ from cotam.models.entropy_model import (
 from cotam.models.halves import half_less, merge_halves, merge_scaled, split_halves
 from cotam.models.integer import ACTIVATION_MAX, BIAS_UNIT, IntConv2d
 from cotam.models.layers import channels_last_array, in_one_pass, pad_to_multiple, round_ste
-from cotam.models.precision import computes_in_bfloat16
 from cotam.models.tiling import Tile, map_tiles
 from cotam.models.transfer import to_host
 from cotam.models.turns import give_way
@@ -147,12 +146,9 @@ class CodecModel(nn.Module):
         return self
 
     def prepare(self) -> None:
-        """Let the transforms and ``h_a``, which nothing exact depends on, compute as is fast on this CPU."""
-        self.g_a.prepare()
-        self.g_s.prepare()
-        if computes_in_bfloat16(torch.device("cpu")):
-            self.h_a.embed.to(torch.bfloat16)
-            self.h_a.layers.to(torch.bfloat16)
+        """Let the transforms and ``h_a``, which nothing exact depends on, compute as is fast on this CPU, for good."""
+        for module in (self.g_a, self.g_s, self.h_a):
+            module.prepare()
 
     @torch.no_grad()
     def init_from_patches(self, patches: Tensor) -> None:
@@ -208,7 +204,7 @@ class CodecModel(nn.Module):
         if levels.numel() == 1 and in_one_pass(z):
             return self.z_context.by_one_filter(z, int(levels))
         every = self.z_context(z).unflatten(1, (z.shape[1], -1))
-        return every.gather(2, levels[:, None, None].expand(-1, z.shape[1], 1, *z.shape[2:]))[:, :, 0]
+        return every.gather(2, levels[:, None, None].expand(len(z), z.shape[1], 1, *z.shape[2:]))[:, :, 0]
 
     def z_indexes(self) -> Tensor:
         """Scale indexes of z, int64 (L, N_z)."""

@@ -32,12 +32,13 @@ from cotam.models.context import context_of
 from cotam.models.halves import Checkerboard, checkerboard, split_halves
 from cotam.models.integer import ACTIVATION_MAX, BIAS_UNIT, IntConv2d
 from cotam.models.layers import channels_last_array, in_one_pass, pad_to_multiple, round_ste
+from cotam.models.precision import computes_in_bfloat16
 
 MEAN_MAX = 2**15 - 1
 FEATURE_STEPS = 16  # features are 0 to 8 in steps of 1/16: in whole steps most of them are 0, and hidden layers idle
 COARSE_STEP = 4  # units of y in one of the z channels that start as its mean over 4x4 positions
 NUM_COARSE = 16  # how many do; y's channels start in the order of their energy
-_ZERO, _ONE = map(np.float32, (0, 1))  # numba makes 64 bits of mixed numbers
+_ZERO, _ONE = map(np.float32, (0, 1))
 _LOG_SCALE_STEP = math.log(SCALE_MAX / SCALE_MIN) / (NUM_SCALES - 1)
 
 
@@ -86,6 +87,12 @@ class HyperAnalysis(nn.Module):
         z: Tensor = 2 * self.layers(self.embed(amplitudes(y).to(self.embed.weight.dtype))).float()
         return (z + coarse).clamp(-ACTIVATION_MAX, ACTIVATION_MAX)
 
+    def prepare(self) -> None:
+        """Compute as is fast on this CPU, for good."""
+        if computes_in_bfloat16(torch.device("cpu")):
+            self.embed.to(torch.bfloat16)
+            self.layers.to(torch.bfloat16)
+
 
 def amplitudes(y: Tensor) -> Tensor:
     """asinh(y), then its magnitudes, (B, 2 M, h, w): means need signs, scales magnitudes.
@@ -116,12 +123,8 @@ def _with_signs(values, magnitudes, out):  # type: ignore[no-untyped-def]
     for b in range(batch):
         for i in range(height):
             for j in range(width):
-                signs, sizes, signed, unsigned = (
-                    values[b, i, j],
-                    magnitudes[b, i, j],
-                    out[b, i, j, :num],
-                    out[b, i, j, num:],
-                )
+                signs, sizes = values[b, i, j], magnitudes[b, i, j]
+                signed, unsigned = out[b, i, j, :num], out[b, i, j, num:]
                 for k in range(num):
                     signed[k] = sizes[k] if signs[k] >= _ZERO else -sizes[k]
                     unsigned[k] = sizes[k]
@@ -231,7 +234,7 @@ class EntropyParameters(nn.Module):
 
     def _where_in_use(self, halves: Sequence[Tensor], q: Tensor) -> Sequence[Tensor]:
         """``halves`` with 0 in channels that ``q`` does not have."""
-        if q.device.type == "cpu" and int(q.min()) >= self._all_in_use_from:
+        if in_one_pass(q) and int(q.min()) >= self._all_in_use_from:
             return halves
         in_use = self.in_use(q)
         return [half * in_use for half in halves]

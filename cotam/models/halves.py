@@ -61,6 +61,7 @@ def half_less(y: Tensor, half: int, means: Tensor, unit: float) -> Tensor:
     """Half 0 or 1 of ``y`` (B, M, h, w) less ``means`` (B, M/2, h, w) in units of ``unit``, a power of two."""
     if not in_one_pass(y):
         return split_halves(y)[half] - means * unit
+    assert y.shape == (len(means), 2 * means.shape[1], *means.shape[2:])
     arrays = channels_last_array(y), channels_last_array(means)
     out = np.empty_like(arrays[1])
     _half_less(*arrays, half, np.float32(unit), out)
@@ -68,13 +69,26 @@ def half_less(y: Tensor, half: int, means: Tensor, unit: float) -> Tensor:
 
 
 def merge_scaled(first: Tensor, second: Tensor, scale: Tensor) -> Tensor:
-    """``merge_halves`` times ``scale`` (B, M, h, w), or 1x1."""
+    """``merge_halves`` times ``scale`` (B, M, h, w), or of one image, or 1x1."""
     if not in_one_pass(first):
         return merge_halves(first, second).contiguous(memory_format=torch.channels_last) * scale
+    assert first.shape == second.shape and scale.shape[1] == 2 * first.shape[1]
+    assert scale.shape[2:] in ((1, 1), first.shape[2:])
     halves = channels_last_array(first), channels_last_array(second)
     out = np.empty((*halves[0].shape[:3], scale.shape[1]), dtype=np.float32)
     _merge_scaled(*halves, channels_last_array(scale.expand(len(first), -1, -1, -1)), out)
     return torch.from_numpy(out).permute(0, 3, 1, 2)
+
+
+def spread_first(first: Tensor) -> Tensor:
+    """``merge_halves`` of ``first`` and zeros."""
+    odd = odd_positions(first.shape[2], first.shape[3], first.device)
+    return _interleave(first.masked_fill(odd, 0), first.masked_fill(~odd, 0))
+
+
+def _interleave(even_channels: Tensor, odd_channels: Tensor) -> Tensor:
+    pairs = torch.stack([t.permute(0, 2, 3, 1) for t in (even_channels, odd_channels)], dim=-1)
+    return pairs.flatten(3).permute(0, 3, 1, 2)
 
 
 @compiled
@@ -102,14 +116,3 @@ def _merge_scaled(first, second, scale, out):  # type: ignore[no-untyped-def]
                 for k in range(np.uint64(num)):
                     merged[k + k] = even[k] * factor[k + k]
                     merged[k + k + np.uint64(1)] = odd[k] * factor[k + k + np.uint64(1)]
-
-
-def spread_first(first: Tensor) -> Tensor:
-    """``merge_halves`` of ``first`` and zeros."""
-    odd = odd_positions(first.shape[2], first.shape[3], first.device)
-    return _interleave(first.masked_fill(odd, 0), first.masked_fill(~odd, 0))
-
-
-def _interleave(even_channels: Tensor, odd_channels: Tensor) -> Tensor:
-    pairs = torch.stack([t.permute(0, 2, 3, 1) for t in (even_channels, odd_channels)], dim=-1)
-    return pairs.flatten(3).permute(0, 3, 1, 2)

@@ -1,7 +1,7 @@
 """Integer-exact convolutions: the same integers on every machine, in any order of summation.
 
-Activations are integers in [-127, 127] held in float32, or in int8 where a CPU multiplies int8 matrices: there 1x1
-layers do, several times faster than in float32, with the same integers. A layer is
+Activations are integers in [-127, 127] held in float32, or in int8 in inference on a CPU; where it multiplies matrices
+of int8 1x1 layers do, several times faster than in float32, with the same integers. A layer is
 
     acc = conv(x, W_int) + b_int + q * g_int          |acc| < 2^24, so float32 and TF32 sums are exact in any order
     out = clip(round(acc * 2^e), low, high)           2^e per output channel: multiplying by it is exact, too
@@ -25,7 +25,7 @@ from cotam.entropy.compiled import compiled
 from cotam.models.layers import channels_last_array, clamp_ste, in_one_pass, round_ste
 from cotam.models.precision import multiplies_int8
 
-ACTIVATION_MAX = 127
+ACTIVATION_MAX = 127  # numba's cache of context.py notices no change of it
 ACCUMULATOR_BOUND = 2**24
 BIAS_UNIT = 16  # a real bias of 1 is 16 integer steps, so that biases learn at the pace of weights
 MIN_EXPONENT = -14  # keeps integer biases small enough for the accumulator
@@ -46,7 +46,7 @@ class Integers(NamedTuple):
     scale: Tensor
 
 
-class Int8Rows(NamedTuple):
+class Int8Product(NamedTuple):
     """Channels of a 1x1 layer as a product of int8 matrices, and what finishes it.
 
     weight: int8 (I, O), the integers themselves. scale, bias, gain: float32 (O,): 2^e, and the others times 2^e.
@@ -58,16 +58,24 @@ class Int8Rows(NamedTuple):
     gain: NDArray[np.float32]
 
 
+class Int8Products(NamedTuple):
+    """Of a 1x1 layer: of its even output channels, its odd ones, and all of them."""
+
+    even: Int8Product
+    odd: Int8Product
+    every: Int8Product
+
+
 class Kernel(NamedTuple):
     """The integers times 2^e, which changes no mantissa, so sums stay exact: one operation less at every position.
 
-    rows: of a 1x1 layer where the hardware multiplies int8: even output channels, odd ones, and all of them.
+    products: of a 1x1 layer where the hardware multiplies int8.
     """
 
     weight: Tensor
     bias: Tensor
     gain: Tensor
-    rows: tuple[Int8Rows, Int8Rows, Int8Rows] | None = None
+    products: Int8Products | None = None
 
     @classmethod
     def of(cls, ints: Integers) -> Kernel:
@@ -82,11 +90,12 @@ class Kernel(NamedTuple):
         if weight.shape[2:] != (1, 1) or weight.dtype != torch.float32 or not multiplies_int8(weight.device):
             return kernel
 
-        def rows(channels: slice) -> Int8Rows:
+        def product(channels: slice) -> Int8Product:
             of_channels = (t[channels].contiguous().numpy() for t in (ints.scale, kernel.bias, kernel.gain))
-            return Int8Rows(weight[channels, :, 0, 0].to(torch.int8).contiguous().T, *of_channels)
+            return Int8Product(weight[channels, :, 0, 0].to(torch.int8).contiguous().T, *of_channels)
 
-        return kernel._replace(rows=(rows(slice(0, None, 2)), rows(slice(1, None, 2)), rows(slice(None))))
+        products = Int8Products(*map(product, (slice(0, None, 2), slice(1, None, 2), slice(None))))
+        return kernel._replace(products=products)
 
 
 class IntConv2d(nn.Module):
@@ -187,10 +196,10 @@ class IntConv2d(nn.Module):
     def forward(self, x: Tensor, q: Tensor | None = None) -> Tensor:
         """(B, I, h, w) integers, ``q`` (B, 1, h, w) or (B, 1, 1, 1), to (B, O, h, w) integers, in float32 or int8."""
         kernel = self.current_kernel()
-        if kernel.rows is not None and not torch.is_grad_enabled():
+        if kernel.products is not None and not torch.is_grad_enabled():
             batch, _, height, width = x.shape
             q_rows = None if q is None else q.expand(batch, 1, height, width).reshape(-1, 1)
-            rows = self._int8_product(kernel.rows[-1], [x.permute(0, 2, 3, 1).flatten(0, 2)], q_rows)
+            rows = self._by_int8(kernel.products.every, [x.permute(0, 2, 3, 1).flatten(0, 2)], q_rows)
             return rows.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
         if self.depthwise and self.weight.shape[0] == x.shape[1] and in_one_pass(kernel.weight):
             return self.by_one_filter(x, 0)
@@ -210,7 +219,7 @@ class IntConv2d(nn.Module):
     def as_input(self, x: Tensor) -> Tensor:
         """``x`` in the type that ``pointwise`` multiplies: what is moved before it is then a quarter as large."""
         kernel = self.current_kernel()
-        return x.to(torch.int8 if kernel.rows is not None and not torch.is_grad_enabled() else kernel.weight.dtype)
+        return x.to(torch.int8 if kernel.products is not None and not torch.is_grad_enabled() else kernel.weight.dtype)
 
     def pointwise(self, inputs: Sequence[Tensor], q: Tensor, parity: int | None = None) -> Tensor:
         """A 1x1 layer on rows: ``inputs`` (n, I_k) side by side make the I channels, ``q`` (n, 1); (n, O) comes out.
@@ -218,8 +227,9 @@ class IntConv2d(nn.Module):
         ``inputs`` are float32 or ``as_input`` of it. With ``parity`` the even or the odd output channels alone.
         """
         kernel = self.current_kernel()
-        if kernel.rows is not None and not torch.is_grad_enabled():
-            return self._int8_product(kernel.rows[-1 if parity is None else parity], inputs, q)
+        if kernel.products is not None and not torch.is_grad_enabled():
+            product = kernel.products.every if parity is None else kernel.products[parity]
+            return self._by_int8(product, inputs, q)
         channels = slice(parity, None, None if parity is None else 2)
         with torch.autocast(q.device.type, enabled=False):
             weights = kernel.weight[channels, :, 0, 0].T.split([x.shape[1] for x in inputs])
@@ -231,21 +241,22 @@ class IntConv2d(nn.Module):
         return self._round(out)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _int8_product(self, rows: Int8Rows, inputs: Sequence[Tensor], q: Tensor | None) -> Tensor:
+    def _by_int8(self, product: Int8Product, inputs: Sequence[Tensor], q: Tensor | None) -> Tensor:
         """``pointwise`` in int8, summed in int32; int8 comes out where it holds the layer's range, else float32."""
         x = [x.to(torch.int8) for x in inputs]
-        product = torch._int_mm(torch.cat(x, dim=1) if len(x) > 1 else x[0], rows.weight).numpy()
+        sums = torch._int_mm(torch.cat(x, dim=1) if len(x) > 1 else x[0], product.weight).numpy()
         of_rows = _NONE
         if self.quality_bias:
             assert q is not None
             of_rows = q[:, 0].contiguous().numpy()
         compact = max(-self.low, self.high) <= ACTIVATION_MAX
-        out = np.empty(product.shape, dtype=np.int8 if compact else np.float32)
-        _finish(product, *rows[1:], of_rows, np.float32(self.low), np.float32(self.high), out)
+        out = np.empty(sums.shape, dtype=np.int8 if compact else np.float32)
+        _finish(sums, *product[1:], of_rows, np.float32(self.low), np.float32(self.high), out)
         return torch.from_numpy(out)
 
     def by_one_filter(self, x: Tensor, which: int) -> Tensor:
         """A depthwise layer with one of the filters that each channel of ``x`` has: int8 (B, I, h, w). On a CPU."""
+        assert not self.quality_bias and max(-self.low, self.high) <= ACTIVATION_MAX
         kernel = self.current_kernel()
         batch, channels, height, width = x.shape
         filters = len(kernel.bias) // channels
@@ -284,15 +295,18 @@ def depthwise_by_shifts(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-# One pass through memory each, where torch makes one an operation.
-
-
 @compiled
 def to_int8(value, low, high):  # type: ignore[no-untyped-def]
-    """``value`` rounded to the nearest integer, half to even, in [low, high]; all float32."""
+    """``value`` rounded to the nearest integer, half to even, in [low, high]; all float32.
+
+    Numba's cache of context.py notices no change here.
+    """
     value = np.rint(value)
     value = value if value > low else low
     return np.int8(np.int32(value if value < high else high))
+
+
+# One pass through memory each, where torch makes one an operation.
 
 
 @compiled
@@ -315,9 +329,9 @@ def _depthwise(x, weight, bias, low, high, out):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _finish(product, scale, bias, gain, q, low, high, out):  # type: ignore[no-untyped-def]
-    for i in range(product.shape[0]):
+def _finish(sums, scale, bias, gain, q, low, high, out):  # type: ignore[no-untyped-def]
+    for i in range(sums.shape[0]):
         q_row = q[i] if len(q) > 0 else np.float32(0)
-        for o in range(product.shape[1]):
-            value = np.rint(bias[o] + np.float32(product[i, o]) * scale[o] + q_row * gain[o])
+        for o in range(sums.shape[1]):
+            value = np.rint(bias[o] + np.float32(sums[i, o]) * scale[o] + q_row * gain[o])
             out[i, o] = min(max(value, low), high)

@@ -48,7 +48,7 @@ class Analysis(nn.Module):
         return y
 
     def prepare(self) -> None:
-        """Let ``of_pixels`` compute as is fast on this CPU, from the weights as they are now."""
+        """Let ``of_pixels`` compute as is fast on this CPU, for good: weights are rounded, and no longer looked at."""
 
 
 class Synthesis(nn.Module):
@@ -59,7 +59,7 @@ class Synthesis(nn.Module):
         return self(y_hat).float().mul_(255).round_().clamp_(0, 255).to(torch.uint8)
 
     def prepare(self) -> None:
-        """Let ``pixels`` compute as is fast on this CPU, from the weights as they are now."""
+        """Let ``pixels`` compute as is fast on this CPU, for good: weights are rounded."""
 
 
 class DepthwiseBlock(nn.Module):
@@ -117,7 +117,7 @@ def in_one_pass(x: Tensor) -> bool:
     """Whether compiled loops, which go through memory once, stand in for torch's operations: in inference on a CPU."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    return x.device.type == "cpu" and x.dtype != torch.float64
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.uint8)
 
 
 def channels_last_array(x: Tensor) -> NDArray[Any]:

@@ -35,7 +35,9 @@ from cotam.models.precision import computes_in_bfloat16, multiplies_int8
 _Y_SCALE = 0.3
 _PIXEL_SCALE = 0.1
 _PATCH_DIM = 3 * LATENT_STRIDE**2
-_ZERO, _HALF, _MOST = map(np.float32, (0, 0.5, 255))  # numba makes 64 bits of mixed numbers
+# What a pixel's value is to the layers, and to those in int8.
+_CENTRED, _LESS_128 = torch.arange(256) / 255 - 0.5, (torch.arange(256) - 128).to(torch.int8)
+_ZERO, _HALF, _MOST = map(np.float32, (0, 0.5, 255))
 
 
 class AnalysisTransform(Analysis):
@@ -75,19 +77,21 @@ class AnalysisTransform(Analysis):
     def of_pixels(self, pixels: Tensor) -> Tensor:
         if not in_one_pass(pixels):
             return super().of_pixels(pixels)
-        values = torch.arange(256) / 255 - 0.5
-        if self._planes is None:
-            coarse = F.linear(_blocks(pixels, values, LATENT_STRIDE), _as_matrix(self.linear), self.linear.bias)
-        else:
-            blocks = _blocks(pixels, (torch.arange(256) - 128).to(torch.int8), LATENT_STRIDE)
-            coarse = self._planes.product(blocks.flatten(0, 2)).unflatten(0, blocks.shape[:3])
         embed, *layers = self.body
         assert isinstance(embed, nn.Conv2d)
-        blocks = _blocks(pixels, values.to(embed.weight.dtype), LATENT_STRIDE // 2)
+        blocks = _cut_blocks(pixels, _CENTRED.to(embed.weight.dtype), LATENT_STRIDE // 2)
         fine = F.linear(blocks, _as_matrix(embed), embed.bias).permute(0, 3, 1, 2)
         for layer in layers:
             fine = layer(fine)
-        return torch.add(coarse.permute(0, 3, 1, 2), fine, alpha=_Y_SCALE)
+        return torch.add(self._linear_of(pixels).permute(0, 3, 1, 2), fine, alpha=_Y_SCALE)
+
+    def _linear_of(self, pixels: Tensor) -> Tensor:
+        """The linear path, float32 (B, h, w, M)."""
+        if self._planes is not None:
+            blocks = _cut_blocks(pixels, _LESS_128, LATENT_STRIDE)
+            return self._planes.product(blocks.flatten(0, 2)).unflatten(0, blocks.shape[:3])
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(_cut_blocks(pixels, _CENTRED, LATENT_STRIDE), _as_matrix(self.linear), self.linear.bias)
 
 
 class SynthesisTransform(Synthesis):
@@ -110,10 +114,10 @@ class SynthesisTransform(Synthesis):
         self.body = nn.Sequential(*layers)
 
     def forward(self, y_hat: Tensor) -> Tensor:
-        coarse, fine = self._blocks(y_hat)
+        coarse, fine = self._ways(y_hat)
         return join_blocks(coarse, LATENT_STRIDE) + join_blocks(_PIXEL_SCALE * fine + 0.5, LATENT_STRIDE // 2)
 
-    def _blocks(self, y_hat: Tensor) -> tuple[Tensor, Tensor]:
+    def _ways(self, y_hat: Tensor) -> tuple[Tensor, Tensor]:
         """What the two ways make: float32 (B, 768, h, w) and (B, 192, 2 h, 2 w), blocks as ``join_blocks`` takes."""
         return _exactly(self.linear, y_hat), _through(self.body, y_hat).float()
 
@@ -124,7 +128,7 @@ class SynthesisTransform(Synthesis):
     def pixels(self, y_hat: Tensor) -> Tensor:
         if not in_one_pass(y_hat):
             return super().pixels(y_hat)
-        coarse, fine = map(channels_last_array, self._blocks(y_hat))
+        coarse, fine = map(channels_last_array, self._ways(y_hat))
         batch, height, width = coarse.shape[:3]
         pixels = np.empty((batch, LATENT_STRIDE * height, LATENT_STRIDE * width, 3), dtype=np.uint8)
         _join(coarse, fine, np.float32(_PIXEL_SCALE), pixels)
@@ -132,14 +136,15 @@ class SynthesisTransform(Synthesis):
 
 
 def _as_matrix(conv: nn.Conv2d) -> Tensor:
-    """The weight of ``conv`` for what ``_blocks`` gives, (O, side^2 3): a view where it is channels last."""
+    """The weight of ``conv`` for what ``_cut_blocks`` gives, (O, side^2 3): a view where it is channels last."""
     return conv.weight.permute(0, 2, 3, 1).flatten(1)
 
 
-def _blocks(pixels: Tensor, values: Tensor, side: int) -> Tensor:
+def _cut_blocks(pixels: Tensor, values: Tensor, side: int) -> Tensor:
     """Blocks (B, H/side, W/side, side^2 3) of uint8 ``pixels`` (B, 3, H, W) as their ``values``, (256,) of any type."""
     images = channels_last_array(pixels)
     batch, height, width = images.shape[0], images.shape[1] // side, images.shape[2] // side
+    assert images.shape[1:3] == (height * side, width * side)
     words = (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()  # numpy has no bfloat16
     blocks = np.empty((batch, height, width, side * side * 3), dtype=words.dtype)
     _cut(images, words, side, blocks)

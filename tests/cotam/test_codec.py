@@ -23,6 +23,7 @@ from cotam.config import Q_STEPS
 from cotam.image import RGBImage, decode_image
 from cotam.metrics import psnr_rgb
 from cotam.models.codec_model import CodecModel
+from cotam.models.precision import multiplies_int8
 from cotam.weights import dump_codec, parse_codec, read_weights
 from tests.cotam import golden
 
@@ -114,10 +115,12 @@ def _bfloat16(codec: Codec) -> Iterator[Codec]:
 
 @contextmanager
 def _float32(codec: Codec) -> Iterator[Codec]:
-    """As on a CPU without bfloat16."""
+    """As on a CPU that neither computes in bfloat16 nor multiplies int8."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cotam.models.precision._cpu_flags", frozenset)
+        multiplies_int8.cache_clear()
         yield Codec.load()
+    multiplies_int8.cache_clear()
 
 
 @contextmanager
@@ -149,8 +152,8 @@ def _reduced_float32(codec: Codec) -> Iterator[Codec]:
 def _compiled(codec: Codec) -> Iterator[Codec]:
     other = Codec.load()
     for model in _models(other):
-        for name in ("g_a", "g_s", "h_a"):
-            setattr(model, name, torch.compile(getattr(model, name), dynamic=True))
+        for module, name in ((model.g_a, "of_pixels"), (model.g_s, "pixels"), (model.h_a, "forward")):
+            setattr(module, name, torch.compile(getattr(module, name), dynamic=True))
     yield other
 
 

@@ -24,6 +24,7 @@ from cotam.models.entropy_model import MEAN_MAX, MEAN_STEPS, EntropyParameters
 from cotam.models.halves import split_halves
 from cotam.models.integer import ACCUMULATOR_BOUND, ACTIVATION_MAX, IntConv2d, depthwise_by_shifts
 from cotam.models.precision import multiplies_int8
+from cotam.weights import TierWeights
 
 
 class Inputs(NamedTuple):
@@ -39,8 +40,8 @@ Run = Callable[[EntropyParameters, Inputs], list[Tensor]]
 
 
 @pytest.fixture(scope="module")
-def network(codec: Codec) -> EntropyParameters:
-    return codec.tiers[-1].whole.entropy_parameters
+def network(tiers: tuple[TierWeights, ...]) -> EntropyParameters:
+    return tiers[-1].model.entropy_parameters
 
 
 @pytest.fixture(scope="module")
@@ -190,8 +191,10 @@ def test_largest_layer_that_cannot_overflow_is_exact() -> None:
     )
 
 
-def test_a_model_cut_to_fewer_channels_computes_the_same_integers(codec: Codec, inputs: Inputs) -> None:
-    whole = codec.tiers[-1].whole.entropy_parameters
+def test_a_model_cut_to_fewer_channels_computes_the_same_integers(
+    codec: Codec, network: EntropyParameters, inputs: Inputs
+) -> None:
+    whole = network
     for num_channels, model in codec.tiers[-1].models.items():
         highest = max(q for q in range(codec.config.num_q) if codec.config.num_channels(q) == num_channels)
         q = inputs.q.clamp_max(highest)
@@ -207,10 +210,10 @@ def test_a_model_cut_to_fewer_channels_computes_the_same_integers(codec: Codec, 
 
 @pytest.mark.parametrize(("tier", "qualities"), [(0, (4,)), (1, (1, 3)), (2, (5, 7)), (3, (2, 4, 7))])
 def test_hidden_layers_neither_idle_nor_clip(
-    codec: Codec, photos: dict[str, RGBImage], tier: int, qualities: tuple[int, ...]
+    tiers: tuple[TierWeights, ...], photos: dict[str, RGBImage], tier: int, qualities: tuple[int, ...]
 ) -> None:
     """Activations that round to 0 say nothing, nor do those at the end of their range."""
-    model = codec.tiers[tier].whole
+    model = tiers[tier].model
     seen: dict[str, Tensor] = {}
     network = copy.deepcopy(model.entropy_parameters)
     for name, layer in network.named_modules():
@@ -240,9 +243,9 @@ def test_hidden_layers_neither_idle_nor_clip(
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (9, 1), (6, 9)])
 def test_the_hyper_latent_comes_back_from_what_it_differs_by_from_its_prediction(
-    codec: Codec, shape: tuple[int, int]
+    tiers: tuple[TierWeights, ...], shape: tuple[int, int]
 ) -> None:
-    model, generator = codec.tiers[-1].whole, torch.Generator().manual_seed(1)
+    model, generator = tiers[-1].model, torch.Generator().manual_seed(1)
     integers, num_channels = model.z_context.frozen_integers(), model.config.N_z
     assert integers.weight.unflatten(0, (num_channels, -1)).flatten(2).any(-1).any(0).all(), "a level predicts nothing"
     for spread in (1.0, 5.0, 200.0):
@@ -259,11 +262,11 @@ def test_layers_multiply_int8_where_the_hardware_does(network: EntropyParameters
     """The same integers as in float32; and that this path is taken is what makes the codec fast."""
     pointwise = [m for m in network.modules() if isinstance(m, IntConv2d) and not m.depthwise]
     assert len(pointwise) == 12
-    assert all(layer.current_kernel().rows is not None for layer in pointwise)
+    assert all(layer.current_kernel().products is not None for layer in pointwise)
     in_float = copy.deepcopy(network)
     for layer in in_float.modules():
         if isinstance(layer, IntConv2d):
-            layer._kernel = layer.current_kernel()._replace(rows=None)
+            layer._kernel = layer.current_kernel()._replace(products=None)
     for actual, expected in zip(_run(network, inputs), _run(in_float, inputs), strict=True):
         assert expected.dtype == torch.float32 and torch.equal(actual.float(), expected)
 

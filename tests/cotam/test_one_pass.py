@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from cotam.codec import Codec
 from cotam.models.codec_model import CodecModel
 from cotam.models.context import context_of
 from cotam.models.entropy_model import GaussianParams, amplitudes
 from cotam.models.halves import half_less, merge_scaled
 from cotam.models.planes import Planes
+from cotam.models.precision import multiplies_int8
+from cotam.weights import TierWeights
 
 M, HEIGHT, WIDTH = 160, 5, 7
 
@@ -28,11 +29,13 @@ def _integers(*shape: int, most: int = 3000, seed: int = 0) -> Tensor:
 HALF, OTHER = _integers(2, M // 2, HEIGHT, WIDTH), _integers(2, M // 2, HEIGHT, WIDTH, seed=1)
 SCALE = torch.rand(2, M, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(2))
 
+Q = torch.full((1, 1, 1, 1), 12.0)
+
 
 @pytest.fixture
-def model(codec: Codec) -> CodecModel:
-    """Of quality 4, in float32."""
-    return next(tier.whole for tier in codec.tiers if tier.covers(12))
+def model(tiers: tuple[TierWeights, ...]) -> CodecModel:
+    """That of quality 4, as it is before it is prepared."""
+    return next(tier.model for tier in tiers if tier.lowest_quality <= 4 <= tier.highest_quality)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +48,7 @@ def model(codec: Codec) -> CodecModel:
         pytest.param(lambda m: m.y_fixed(OTHER.short(), GaussianParams(HALF, HALF)), id="reconstructed"),
         pytest.param(lambda m: context_of(m.entropy_parameters.context, HALF), id="context"),
         pytest.param(lambda m: m.entropy_parameters.h_s.spatial2(_integers(2, 192, 6, 5, most=127)), id="depthwise"),
+        pytest.param(lambda m: m.z_prediction(_integers(2, 128, 3, 4, most=127), Q), id="prediction"),
         pytest.param(lambda m: m.g_s.pixels(_integers(2, M, HEIGHT, WIDTH, most=2)), id="pixels"),
     ],
 )
@@ -77,6 +81,7 @@ def test_blocks_of_pixels_are_analysed_as_images_are(model: CodecModel) -> None:
     assert error < 1e-4 * (expected - linear).square().mean()  # against all that the body adds
 
 
+@pytest.mark.skipif(not multiplies_int8(torch.device("cpu")), reason="needs a CPU that multiplies int8")
 @pytest.mark.parametrize("scale", [1e-3, 1.0])
 def test_planes_multiply_nearly_as_floats_do(scale: float) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -260,13 +260,15 @@ def test_an_overflow_costs_a_steps_gradients_alone(
     assert not torch.equal(trainer.model.g_a.linear.weight, after_overflow[0])
 
 
-def test_estimated_bits_are_those_of_the_bitstream(codec: Codec, photos: dict[str, RGBImage]) -> None:
+def test_estimated_bits_are_those_of_the_bitstream(
+    codec: Codec, tiers: tuple[TierWeights, ...], photos: dict[str, RGBImage]
+) -> None:
     image = photos["astronaut"]
     x = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
     for quality in (4, 7):
         q = torch.full((1, 1, x.shape[2] // 16, x.shape[3] // 16), (quality - 1.0) * Q_STEPS)
         with torch.no_grad():
-            estimate = float(codec.tiers[codec._tier_of(int(q[0, 0, 0, 0]))].whole(x, q).bits.sum())
+            estimate = float(tiers[codec._tier_of(int(q[0, 0, 0, 0]))].model(x, q).bits.sum())
         string = unpack(codec.encode(image, quality), codec.max_pixels).string
         # Estimates are of Gaussians, the tables are fitted to what real symbols are.
         assert 0.95 * estimate < 8 * len(string) < estimate
@@ -317,8 +319,8 @@ def test_training_goes_on_beside_a_codec_in_use(codec: Codec, photos: dict[str, 
     assert model.h_a.embed.weight.grad is not None
 
 
-def test_other_quality_levels_start_between_those_that_were_trained(codec: Codec) -> None:
-    old = codec.tiers[-1].whole
+def test_other_quality_levels_start_between_those_that_were_trained(tiers: tuple[TierWeights, ...]) -> None:
+    old = tiers[-1].model
     same = old.with_lmbdas(old.config.lmbdas).state_dict()
     for name, tensor in old.state_dict().items():
         torch.testing.assert_close(same[name], tensor, rtol=1e-5, atol=1e-5)
