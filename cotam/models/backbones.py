@@ -33,6 +33,6 @@ def backbone(config: CodecConfig) -> Backbone:
     if config.backbone == "elic":
         from cotam.models import elic  # CompressAI is needed for this one only
 
-        return Backbone(elic.ElicAnalysis, elic.ElicSynthesis, elic.init_unit_latents, elic.HALO)
+        return Backbone(elic.analysis, elic.synthesis, elic.init_unit_latents, elic.HALO)
     halo = transforms.halo(config)
     return Backbone(transforms.AnalysisTransform, transforms.SynthesisTransform, transforms.init_klt, halo)

@@ -19,29 +19,33 @@ HALO = 12  # 5 latent positions from the layers at 1/16, less than 6 from those 
 
 
 class ElicAnalysis(nn.Sequential, Analysis):
-    """``g_a``."""
-
-    def __init__(self, config: CodecConfig) -> None:
-        n, m = config.N, config.M
-        super().__init__(
-            *(conv(3, n), *_bottlenecks(n)),
-            *(conv(n, n), *_bottlenecks(n), AttentionBlock(n)),
-            *(conv(n, n), *_bottlenecks(n)),
-            *(conv(n, m), AttentionBlock(m)),
-        )
+    """``g_a``, of its layers."""
 
 
 class ElicSynthesis(nn.Sequential, Synthesis):
-    """``g_s``."""
+    """``g_s``, of its layers."""
 
-    def __init__(self, config: CodecConfig) -> None:
-        n, m = config.N, config.M
-        super().__init__(
-            *(AttentionBlock(m), deconv(m, n), *_bottlenecks(n)),
-            *(deconv(n, n), AttentionBlock(n), *_bottlenecks(n)),
-            *(deconv(n, n), *_bottlenecks(n)),
-            deconv(n, 3),
-        )
+
+def analysis(config: CodecConfig) -> ElicAnalysis:
+    """``g_a`` of the sizes in ``config``."""
+    n, m = config.N, config.M
+    return ElicAnalysis(
+        *(conv(3, n), *_bottlenecks(n)),
+        *(conv(n, n), *_bottlenecks(n), AttentionBlock(n)),
+        *(conv(n, n), *_bottlenecks(n)),
+        *(conv(n, m), AttentionBlock(m)),
+    )
+
+
+def synthesis(config: CodecConfig) -> ElicSynthesis:
+    """``g_s`` of the sizes in ``config``."""
+    n, m = config.N, config.M
+    return ElicSynthesis(
+        *(AttentionBlock(m), deconv(m, n), *_bottlenecks(n)),
+        *(deconv(n, n), AttentionBlock(n), *_bottlenecks(n)),
+        *(deconv(n, n), *_bottlenecks(n)),
+        deconv(n, 3),
+    )
 
 
 @torch.no_grad()
