@@ -18,7 +18,7 @@ def compiled(function: Function) -> Function:
     """``function`` compiled at its first call, and kept on disk for the next process where that can be written."""
     result: Any
     try:
-        result = numba.njit(nogil=True, cache=True)(function)
+        result = numba.njit(nogil=True, cache=True, error_model="numpy")(function)
     except RuntimeError:  # neither the package's folder nor a home
-        result = numba.njit(nogil=True)(function)
+        result = numba.njit(nogil=True, error_model="numpy")(function)
     return cast(Function, result)

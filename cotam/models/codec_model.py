@@ -145,10 +145,14 @@ class CodecModel(nn.Module):
                 module.freeze()
         return self
 
-    def prepare(self) -> None:
-        """Let the transforms and ``h_a``, which nothing exact depends on, compute as is fast on this CPU, for good."""
-        for module in (self.g_a, self.g_s, self.h_a):
-            module.prepare()
+    def prepare(self, low_quality: bool) -> None:
+        """Let the transforms and ``h_a``, which nothing exact depends on, compute as is fast on this CPU, for good.
+
+        ``low_quality``: as of ``Analysis.prepare``.
+        """
+        self.g_a.prepare(low_quality)
+        self.g_s.prepare(low_quality)
+        self.h_a.prepare()
 
     @torch.no_grad()
     def init_from_patches(self, patches: Tensor) -> None:

@@ -47,8 +47,11 @@ class Analysis(nn.Module):
         y: Tensor = self(pixels.float().div_(255)).float()
         return y
 
-    def prepare(self) -> None:
-        """Let ``of_pixels`` compute as is fast on this CPU, for good: weights are rounded, and no longer looked at."""
+    def prepare(self, low_quality: bool) -> None:
+        """Let ``of_pixels`` compute as is fast on this CPU, for good: weights are rounded, and no longer looked at.
+
+        ``low_quality``: no image is of such a quality that int8 would be too coarse.
+        """
 
 
 class Synthesis(nn.Module):
@@ -58,8 +61,8 @@ class Synthesis(nn.Module):
         """The image that it makes of ``y_hat``, uint8 (B, 3, 16 h, 16 w)."""
         return self(y_hat).float().mul_(255).round_().clamp_(0, 255).to(torch.uint8)
 
-    def prepare(self) -> None:
-        """Let ``pixels`` compute as is fast on this CPU, for good: weights are rounded."""
+    def prepare(self, low_quality: bool) -> None:
+        """As ``Analysis.prepare``, for ``pixels``."""
 
 
 class DepthwiseBlock(nn.Module):

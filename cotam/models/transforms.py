@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cotam.config import LATENT_STRIDE, CodecConfig
 from cotam.entropy.compiled import compiled
+from cotam.models.int8_blocks import Linear8, with_int8_blocks
 from cotam.models.layers import (
     Analysis,
     DepthwiseBlock,
@@ -44,6 +45,7 @@ class AnalysisTransform(Analysis):
     """``g_a``."""
 
     _planes: Planes | None = None  # of the linear path, for pixels less 128
+    _embed: Linear8 | None = None  # the first layer of the body, for the same
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
@@ -65,25 +67,31 @@ class AnalysisTransform(Analysis):
         return torch.add(_exactly(self.linear, x), _through(self.body, x), alpha=_Y_SCALE)
 
     @torch.no_grad()
-    def prepare(self) -> None:
-        cpu = torch.device("cpu")
-        if computes_in_bfloat16(cpu):
-            self.body.to(torch.bfloat16)  # it adds little to the linear path, so 8 bits are enough
-        if multiplies_int8(cpu):
-            weight = _as_matrix(self.linear) / 255
-            assert self.linear.bias is not None
-            self._planes = Planes.of(weight, self.linear.bias + weight.sum(1) * (128 - 255 / 2))
+    def prepare(self, low_quality: bool) -> None:
+        if multiplies_int8(torch.device("cpu")):
+            self._planes = Planes.of(*_of_pixels_less_128(self.linear))
+            if low_quality:
+                self._embed = Linear8.of(*_of_pixels_less_128(self.body[0]))
+        self.body = _prepared(self.body, low_quality)
 
     def of_pixels(self, pixels: Tensor) -> Tensor:
         if not in_one_pass(pixels):
             return super().of_pixels(pixels)
-        embed, *layers = self.body
-        assert isinstance(embed, nn.Conv2d)
-        blocks = _cut_blocks(pixels, _CENTRED.to(embed.weight.dtype), LATENT_STRIDE // 2)
-        fine = F.linear(blocks, _as_matrix(embed), embed.bias).permute(0, 3, 1, 2)
-        for layer in layers:
+        fine = self._embedded(pixels).permute(0, 3, 1, 2)
+        for layer in self.body[1:]:
             fine = layer(fine)
         return torch.add(self._linear_of(pixels).permute(0, 3, 1, 2), fine, alpha=_Y_SCALE)
+
+    def _embedded(self, pixels: Tensor) -> Tensor:
+        """What the first layer of the body makes, (B, 2 h, 2 w, N8)."""
+        side = LATENT_STRIDE // 2
+        if self._embed is not None:
+            blocks = _cut_blocks(pixels, _LESS_128, side)
+            rows = blocks.flatten(0, 2).numpy()
+            return torch.from_numpy(self._embed(rows, np.ones(len(rows), np.float32))).unflatten(0, blocks.shape[:3])
+        embed = self.body[0]
+        assert isinstance(embed, nn.Conv2d)
+        return F.linear(_cut_blocks(pixels, _CENTRED.to(embed.weight.dtype), side), _as_matrix(embed), embed.bias)
 
     def _linear_of(self, pixels: Tensor) -> Tensor:
         """The linear path, float32 (B, h, w, M)."""
@@ -121,9 +129,8 @@ class SynthesisTransform(Synthesis):
         """What the two ways make: float32 (B, 768, h, w) and (B, 192, 2 h, 2 w), blocks as ``join_blocks`` takes."""
         return _exactly(self.linear, y_hat), _through(self.body, y_hat).float()
 
-    def prepare(self) -> None:
-        if computes_in_bfloat16(torch.device("cpu")):
-            self.body.to(torch.bfloat16)
+    def prepare(self, low_quality: bool) -> None:
+        self.body = _prepared(self.body, low_quality)
 
     def pixels(self, y_hat: Tensor) -> Tensor:
         if not in_one_pass(y_hat):
@@ -135,9 +142,25 @@ class SynthesisTransform(Synthesis):
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
+def _prepared(body: nn.Sequential, low_quality: bool) -> nn.Sequential:
+    """``body`` in fewer bits, where that is fast on this CPU: it adds little to the linear path."""
+    cpu = torch.device("cpu")
+    if low_quality and multiplies_int8(cpu):
+        body = with_int8_blocks(body)
+    return body.to(torch.bfloat16) if computes_in_bfloat16(cpu) else body
+
+
 def _as_matrix(conv: nn.Conv2d) -> Tensor:
     """The weight of ``conv`` for what ``_cut_blocks`` gives, (O, side^2 3): a view where it is channels last."""
     return conv.weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def _of_pixels_less_128(conv: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight (O, side^2 3) and bias of ``conv``, which takes pixels in [0, 1] less a half, for bytes less 128."""
+    assert isinstance(conv, nn.Conv2d)
+    assert conv.bias is not None
+    weight = _as_matrix(conv) / 255
+    return weight, conv.bias + weight.sum(1) * (128 - 255 / 2)
 
 
 def _cut_blocks(pixels: Tensor, values: Tensor, side: int) -> Tensor:

@@ -14,9 +14,11 @@ from cotam.models.codec_model import CodecModel
 from cotam.models.context import context_of
 from cotam.models.entropy_model import GaussianParams, amplitudes
 from cotam.models.halves import half_less, merge_scaled
+from cotam.models.int8_blocks import Int8Blocks, with_int8_blocks
 from cotam.models.planes import Planes
 from cotam.models.precision import multiplies_int8
 from cotam.weights import TierWeights
+from tests.corpus import photograph
 
 M, HEIGHT, WIDTH = 160, 5, 7
 
@@ -68,17 +70,37 @@ def test_amplitudes_are_those_of_torch_but_for_the_last_bit() -> None:
     torch.testing.assert_close(fused[:, : M // 2], torch.asinh(HALF / 99), rtol=1e-5, atol=1e-6)
 
 
-def test_blocks_of_pixels_are_analysed_as_images_are(model: CodecModel) -> None:
-    """Also prepared for this CPU: with the linear path in int8 and the body in bfloat16 where it has them."""
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 48, 80, 3), dtype=np.uint8)
-    x = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+@pytest.mark.parametrize(("low_quality", "most"), [(False, 2e-4), (True, 2e-3)])
+def test_prepared_transforms_do_nearly_the_same(model: CodecModel, low_quality: bool, most: float) -> None:
+    """The linear path in int8 and the body in bfloat16, or that in int8, too, where this CPU has them."""
+    x = torch.from_numpy(np.array(photograph(0, 192, 128)))[None].permute(0, 3, 1, 2)
     prepared = copy.deepcopy(model)
-    prepared.prepare()
+    prepared.prepare(low_quality)
     with torch.inference_mode():
-        expected, linear = model.g_a(x / 255), model.g_a.linear(x / 255 - 0.5)
-        torch.testing.assert_close(model.g_a.of_pixels(x), expected, rtol=0, atol=1e-5)
-        error = (prepared.g_a.of_pixels(x) - expected).square().mean()
-    assert error < 1e-4 * (expected - linear).square().mean()  # against all that the body adds
+        y, linear = model.g_a(x / 255), model.g_a.linear(x / 255 - 0.5)
+        torch.testing.assert_close(model.g_a.of_pixels(x), y, rtol=0, atol=1e-5)
+        error = (prepared.g_a.of_pixels(x) - y).square().mean()
+        assert error < most * (y - linear).square().mean()  # against all that the body adds
+        coarse, fine = model.g_s._ways(y)
+        coarse_too, fine_too = prepared.g_s._ways(y)
+    assert torch.equal(coarse, coarse_too)
+    assert (fine_too - fine).square().mean() < most * fine.square().mean()
+
+
+@pytest.mark.skipif(not multiplies_int8(torch.device("cpu")), reason="needs a CPU that multiplies int8")
+def test_blocks_in_int8_depend_on_what_is_near_alone(model: CodecModel) -> None:
+    """Or images would be coded otherwise in tiles, batches and beside others."""
+    blocks = with_int8_blocks(model.g_s.body)[2]
+    assert isinstance(blocks, Int8Blocks)
+    x = torch.randn(2, len(blocks.last.weight), 41, 57, generator=torch.Generator().manual_seed(0))
+    x[1] *= torch.logspace(-40, 30, 57)  # some rows are all but zeros, others beyond what any image has
+    with torch.inference_mode():
+        whole, halo = blocks(x), len(blocks.blocks)
+        assert torch.equal(blocks(x[1:]), whole[1:])
+        tile = blocks(x[:, :, 7:30, 11:50])
+    inner = slice(halo, -halo)
+    assert torch.equal(tile[:, :, inner, inner], whole[:, :, 7:30, 11:50][:, :, inner, inner])
+    assert whole.isfinite().all()
 
 
 @pytest.mark.skipif(not multiplies_int8(torch.device("cpu")), reason="needs a CPU that multiplies int8")
