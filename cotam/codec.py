@@ -21,6 +21,7 @@ from cotam.grouping import in_groups
 from cotam.image import MAX_PIXELS, RGBImage, check_rgb, latent_size, size_problem
 from cotam.importance import DEFAULT_STRENGTH
 from cotam.memory import keep_freed_memory
+from cotam.models.codec_model import as_coded
 from cotam.models.transfer import to_device, to_host
 from cotam.models.turns import give_way, turn_on
 from cotam.tier import QualityIndex, Tier
@@ -325,7 +326,7 @@ class Codec:
         ]  # fmt: skip
 
     def _decode_half(self, decoders: list[RansDecoder], indexes: Tensor, executor: Executor | None) -> Tensor:
-        rows = to_host(indexes.permute(0, 2, 3, 1).byte().contiguous())
+        rows = as_coded(indexes, torch.uint8)
 
         def decode(k: int) -> NDArray[np.int32]:
             return decode_levels(decoders[k], rows[k])

@@ -347,7 +347,7 @@ class CodecModel(nn.Module):
     @torch.no_grad()
     def _search(residual: Tensor, params: GaussianParams) -> tuple[Tensor, Tensor]:
         """Levels and rows of one half, as in ``Quantised``: ``residual`` is ``y`` less its means."""
-        residuals, rows = _as_coded(residual, torch.float32), _as_coded(params.indexes, torch.uint8)
+        residuals, rows = as_coded(residual, torch.float32), as_coded(params.indexes, torch.uint8)
         with give_way():
             levels = quantise(residuals, rows, torch.get_num_threads())
         return torch.from_numpy(levels).permute(0, 3, 1, 2), torch.from_numpy(rows).permute(0, 3, 1, 2)
@@ -356,11 +356,11 @@ class CodecModel(nn.Module):
     @torch.no_grad()
     def estimated_bits(levels: Tensor, params: GaussianParams) -> Tensor:
         """Bits (B, h, w) of the ``levels`` of one half by the model's Gaussians."""
-        pairs = zip(_as_coded(levels, torch.int32), _as_coded(params.indexes, torch.uint8), strict=True)
+        pairs = zip(as_coded(levels, torch.int32), as_coded(params.indexes, torch.uint8), strict=True)
         return torch.from_numpy(np.stack([estimated_bits(*pair).sum(-1) for pair in pairs])).to(params.means.device)
 
 
-def _as_coded(half: Tensor, dtype: torch.dtype) -> NDArray[Any]:
+def as_coded(half: Tensor, dtype: torch.dtype) -> NDArray[Any]:
     """(B, M/2, h, w) on the CPU in the order that elements are coded in, (B, h, w, M/2)."""
     return to_host(half.permute(0, 2, 3, 1).to(dtype).contiguous())
 
