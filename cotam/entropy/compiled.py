@@ -1,7 +1,8 @@
 """Compilation of loops to machine code that other threads run beside.
 
 What their authors have to know of numba: signed indexes cost a test for negative ones each, so those that are computed
-are uint64; mixed numbers become 64 bits wide, so constants have the type of what they meet; nothing checks bounds.
+are uint64; mixed numbers become 64 bits wide, so constants have the type of what they meet; nothing checks bounds, nor
+divisors, as a test of each would keep divisions from being vectors.
 """
 
 from __future__ import annotations

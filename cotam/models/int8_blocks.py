@@ -22,7 +22,7 @@ _LARGEST = np.float32(127)
 _TINY = np.float32(1e-30)  # positions of zeros have no scale
 _MAGNITUDE = np.int32(0x7FFFFFFF)  # of a float32's bits, all but its sign; magnitudes are in the order of these
 _ONE_HALF = np.float32(0.5)
-# tanh by its Pade approximant of order 7 over 6, up to where that is 1.
+# tanh by its Pade approximant of order 7 over 6, up to where that reaches 1: 1e-4 off at most.
 _TANH_END = np.float32(4.97)
 _P0, _P1, _P2 = map(np.float32, (135135, 17325, 378))
 _Q1, _Q2, _Q3 = map(np.float32, (62370, 3150, 28))
@@ -45,6 +45,8 @@ class Linear8(NamedTuple):
     @classmethod
     def of_conv(cls, conv: nn.Conv2d) -> Linear8:
         """``conv``, whose kernel is its stride, of rows of all that it looks at, channels last."""
+        assert conv.kernel_size == conv.stride
+        assert conv.padding == (0, 0)
         assert conv.bias is not None
         return cls.of(conv.weight.detach().permute(0, 2, 3, 1).flatten(1), conv.bias.detach())
 
@@ -93,8 +95,10 @@ class Block8(NamedTuple):
         _depthwise(stream, self.spatial, self.bias, rows, scales)
         for start in range(0, len(rows), _STRIP):
             strip = slice(start, start + _STRIP)
-            _gate(self.expand.sums(rows[strip]), *self.expand[1:], rows[strip], scales[strip])
-            _add(self.project.sums(rows[strip]), *self.project[1:], scales[strip], start, stream)
+            sums = self.expand.sums(rows[strip])
+            _gate(sums, self.expand.scale, self.expand.bias, rows[strip], scales[strip])
+            sums = self.project.sums(rows[strip])
+            _add(sums, self.project.scale, self.project.bias, scales[strip], start, stream)
 
 
 def _balance(weight: Tensor) -> Tensor:
@@ -104,7 +108,7 @@ def _balance(weight: Tensor) -> Tensor:
 
 
 class Int8Blocks(nn.Module):
-    """``DepthwiseBlock``s in a row and the convolution behind them, whose kernel is its stride, for inference.
+    """``DepthwiseBlock``s in a row, or none, and the convolution behind them, whose kernel is its stride.
 
     (B, C, h, w) in, of any type, (B, O, h / stride, w / stride) out, float32, channels last.
     """
@@ -115,6 +119,7 @@ class Int8Blocks(nn.Module):
         self.last, self.stride = Linear8.of_conv(last), last.stride[0]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
         stream = torch.zeros(height + 2, width + 2, channels)
@@ -130,28 +135,29 @@ class Int8Blocks(nn.Module):
         rows = np.empty((out[..., 0].size, len(self.last.weight)), dtype=np.int8)
         scales = np.empty(len(rows), dtype=np.float32)
         _cut(stream, self.stride, rows, scales)
-        _scale(self.last.sums(rows), *self.last[1:], scales, out.reshape(len(rows), -1))
+        _scale(self.last.sums(rows), self.last.scale, self.last.bias, scales, out.reshape(len(rows), -1))
 
 
 def with_int8_blocks(body: nn.Sequential) -> nn.Sequential:
-    """``body`` with ``Int8Blocks`` in place of blocks and what is behind them."""
-    layers: list[nn.Module] = []
+    """``body``, which begins and ends with a convolution, with ``Int8Blocks`` in place of all after its first layer."""
+    first, *others = body
+    layers: list[nn.Module] = [first]
     blocks: list[DepthwiseBlock] = []
-    for layer in body:
+    for layer in others:
         if isinstance(layer, DepthwiseBlock):
             blocks.append(layer)
-        elif blocks:
-            assert isinstance(layer, nn.Conv2d)
+        elif isinstance(layer, nn.Conv2d):
             layers.append(Int8Blocks(blocks, layer))
             blocks = []
         else:
             layers.append(layer)
+    assert not blocks
     return nn.Sequential(*layers)
 
 
 @compiled
 def _quantise(values, row):  # type: ignore[no-untyped-def]
-    """Float32 ``values`` (C + 1,), of which the last is none, to int8 in ``row``; returns what 1 is there."""
+    """Float32 ``values`` (C + 1,) to int8 in ``row`` (C,); the last is scratch. Returns what 1 is in ``row``."""
     num = len(row)
     bits = values.view(np.int32)
     largest = np.int32(0)
@@ -186,7 +192,10 @@ def _depthwise(x, weight, bias, rows, scales):  # type: ignore[no-untyped-def]
 
 @compiled
 def _gate(sums, scale, bias, rows, scales):  # type: ignore[no-untyped-def]
-    """The first half of the channels of ``sums`` (n, 2 C) times the sigmoid of the second, over what ``rows`` were."""
+    """What ``sums`` (n, 2 C) are, the first half of it times the sigmoid of the second, to int8 ``rows``.
+
+    ``scales`` are those of the rows that were multiplied, and become those of what is in ``rows``.
+    """
     num = rows.shape[1]
     values = np.empty(num + 1, dtype=np.float32)
     for i in range(len(rows)):
@@ -232,6 +241,7 @@ def _cut(stream, side, rows, scales):  # type: ignore[no-untyped-def]
 
 @compiled
 def _scale(sums, scale, bias, scales, out):  # type: ignore[no-untyped-def]
+    """What ``sums`` (n, O) are, to float32 ``out``."""
     for i in range(len(sums)):
         of_row = scales[i]
         for k in range(sums.shape[1]):

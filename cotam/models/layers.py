@@ -50,7 +50,7 @@ class Analysis(nn.Module):
     def prepare(self, low_quality: bool) -> None:
         """Let ``of_pixels`` compute as is fast on this CPU, for good: weights are rounded, and no longer looked at.
 
-        ``low_quality``: no image is of such a quality that int8 would be too coarse.
+        ``low_quality``: the qualities of all images will be low enough for int8.
         """
 
 

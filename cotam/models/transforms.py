@@ -77,8 +77,9 @@ class AnalysisTransform(Analysis):
     def of_pixels(self, pixels: Tensor) -> Tensor:
         if not in_one_pass(pixels):
             return super().of_pixels(pixels)
+        _, *layers = self.body
         fine = self._embedded(pixels).permute(0, 3, 1, 2)
-        for layer in self.body[1:]:
+        for layer in layers:
             fine = layer(fine)
         return torch.add(self._linear_of(pixels).permute(0, 3, 1, 2), fine, alpha=_Y_SCALE)
 
@@ -204,7 +205,7 @@ def _join(coarse, fine, scale, pixels):  # type: ignore[no-untyped-def]
 
 
 def _through(body: nn.Sequential, x: Tensor) -> Tensor:
-    """``body`` of ``x``, in the type of its weights."""
+    """``body`` of ``x``, which is turned to the type that its first layer takes."""
     features: Tensor = body(x.to(body[0].weight.dtype))  # type: ignore[arg-type]
     return features
 

@@ -197,7 +197,9 @@ def test_encoded_on_a_gpu_decodes_on_a_cpu_and_the_other_way_round(
         for here, there in zip(codec.decompress(strings), gpu.decompress(strings), strict=True):
             assert torch.equal(here.y_fixed, there.y_fixed.cpu())
     for here, there in zip(codec.decode_batch(by_gpu), gpu.decode_batch(by_gpu), strict=True):
-        assert np.abs(here.astype(int) - there).max() <= 4  # the synthesis may round otherwise
+        difference = here.astype(int) - there  # the synthesis may round otherwise, up to quality 5 to int8
+        assert np.abs(difference).max() <= (4 if quality > 5 else 12)
+        assert np.square(difference).mean() < 1
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 200), (200, 1), (17, 33), (63, 65), (64, 64)])

@@ -10,13 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from cotam.config import CodecConfig
 from cotam.models.codec_model import CodecModel
 from cotam.models.context import context_of
 from cotam.models.entropy_model import GaussianParams, amplitudes
 from cotam.models.halves import half_less, merge_scaled
 from cotam.models.int8_blocks import Int8Blocks, with_int8_blocks
+from cotam.models.layers import init_unit
 from cotam.models.planes import Planes
 from cotam.models.precision import multiplies_int8
+from cotam.models.transforms import AnalysisTransform, SynthesisTransform
 from cotam.weights import TierWeights
 from tests.corpus import photograph
 
@@ -87,13 +90,30 @@ def test_prepared_transforms_do_nearly_the_same(model: CodecModel, low_quality: 
     assert (fine_too - fine).square().mean() < most * fine.square().mean()
 
 
+@pytest.mark.parametrize("blocks", [(0, 0), (0, 1), (1, 2), (2, 0)], ids=str)
+def test_bodies_of_every_shape_are_prepared(blocks: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    config = CodecConfig(M=32, M_levels=(32,) * 8, N8=16, N16=24, analysis_blocks=blocks, synthesis_blocks=blocks)
+    pixels = torch.from_numpy(np.array(photograph(0, 192, 128)))[None].permute(0, 3, 1, 2)
+    for transform, run in (
+        (AnalysisTransform(config), lambda g_a: g_a.of_pixels(pixels)),
+        (SynthesisTransform(config), lambda g_s: g_s._ways(_integers(1, 32, 8, 12, most=3))[1]),
+    ):
+        init_unit(transform.body[-1], 30)  # it starts at zero
+        prepared = copy.deepcopy(transform)
+        prepared.prepare(low_quality=True)
+        with torch.inference_mode():
+            expected, found = run(transform), run(prepared)
+        assert (found - expected).square().mean() < 1e-3 * expected.square().mean()
+
+
 @pytest.mark.skipif(not multiplies_int8(torch.device("cpu")), reason="needs a CPU that multiplies int8")
 def test_blocks_in_int8_depend_on_what_is_near_alone(model: CodecModel) -> None:
     """Or images would be coded otherwise in tiles, batches and beside others."""
     blocks = with_int8_blocks(model.g_s.body)[2]
     assert isinstance(blocks, Int8Blocks)
     x = torch.randn(2, len(blocks.last.weight), 41, 57, generator=torch.Generator().manual_seed(0))
-    x[1] *= torch.logspace(-40, 30, 57)  # some rows are all but zeros, others beyond what any image has
+    x[1] *= torch.logspace(-40, 30, 57)  # some columns are all but zeros, others beyond what any image has
     with torch.inference_mode():
         whole, halo = blocks(x), len(blocks.blocks)
         assert torch.equal(blocks(x[1:]), whole[1:])

@@ -5,9 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import skimage.data
+import torch
 
 from cotam.bitstream import BitstreamError, pack, unpack
 from cotam.codec import Codec
+from cotam.config import Q_STEPS
+from cotam.models.int8_blocks import Int8Blocks
+from cotam.models.precision import multiplies_int8
 from cotam.weights import dump_codec, parse_codec, read_weights
 
 
@@ -45,3 +49,11 @@ def test_a_tier_that_a_codec_has_not_is_refused() -> None:
     stream = unpack(codec.encode(np.zeros((64, 64, 3), np.uint8)), codec.max_pixels)
     with pytest.raises(BitstreamError, match="bitstream has tier 1, the model has 1"):
         codec.decode(pack(stream._replace(tier=1)))
+
+
+@pytest.mark.skipif(not multiplies_int8(torch.device("cpu")), reason="needs a CPU that multiplies int8")
+def test_images_up_to_quality_5_are_transformed_in_int8(codec: Codec) -> None:
+    for tier in codec.tiers:
+        for num_channels, model in tier.models.items():
+            in_int8 = [isinstance(model.g_a.body[1], Int8Blocks), isinstance(model.g_s.body[2], Int8Blocks)]
+            assert in_int8 == 2 * [num_channels <= codec.config.num_channels(4 * Q_STEPS)]
