@@ -35,7 +35,7 @@ FORMAT = "cotam-codec/6"
 PACKAGED: dict[str, str] = {
     "cotam-adapter-tiny": "8757de19513f05fadc47b7e108adb5ea321e9ed2f92be1dd25e5155809919737",
     "cotam-adapter-tiny-large": "e0b9d22dc967d59a2b1f3ed37fbcabae6adfac2d7c339117ed8e9b8de0daa8e5",
-    "cotam-base": "652e1fd24ad645b815054382d1370d0e8e0c8c9ab03d24c066160988139eeb92",
+    "cotam-base": "84ffbe767cefec6b487fd3306e861ec78b42b74ce8308b1c2f2d3e6dd313e436",
     "cotam-large": "fd7fe306e1c27f280cb9b670e5aedf8fb430031e490b4bfda89a5f041760758e",
 }
 # Packaged folders by name: the sha256 of the weights in cotam/packaged/{name}.

@@ -20,24 +20,30 @@ def test_each_image_has_the_most_special_tier_and_no_other_decodes_it(codec: Cod
     image = np.ascontiguousarray(skimage.data.coffee()[:128, :128])
     assert [(tier.lowest_quality, tier.highest_quality) for tier in codec.tiers] == [
         (3.5, 4),
+        (1, 1.75),
         (4.25, 5),
+        (2.25, 3.25),
         (1, 3.25),
         (5, 8),
+        (1, 5),
         (1, 8),
     ]
     assert [list(tier.models) for tier in codec.tiers] == [
         [160],
+        [64],
         [256],
+        [96, 160],
         [64, 96, 160],
         [256, 320],
+        [64, 96, 160, 256],
         [64, 96, 160, 256, 320],
     ]
-    cases = ((1, 0, 2), (3.25, 0, 2), (3.5, 0, 0), (4, 0, 0), (4.25, 0, 1), (5, 0, 1), (5.25, 0, 3), (8, 0, 3))
-    cases += ((2, 2, 2), (6.5, 2, 3), (3.5, 4, 4), (5, 4, 4))
+    cases = ((1, 0, 1), (1.75, 0, 1), (2, 0, 4), (2.25, 0, 3), (3.25, 0, 3), (3.5, 0, 0), (4, 0, 0), (4.25, 0, 2))
+    cases += ((5, 0, 2), (5.25, 0, 5), (8, 0, 5), (2, 2, 4), (6.5, 2, 5), (2.5, 4, 6), (3.5, 4, 6), (5, 4, 7))
     for quality, strength, tier in cases:
         stream = unpack(codec.encode(image, quality, ramp, strength), codec.max_pixels)
         assert stream.tier == tier
-        for other in {*range(5)} - {tier}:
+        for other in {*range(8)} - {tier}:
             is_refused = stream.map_code is None and not codec.tiers[other].covers(stream.quality_index)
             with pytest.raises(BitstreamError, match=f"tier, {other}, is not for" if is_refused else None):
                 codec.decode(pack(stream._replace(tier=other)))
