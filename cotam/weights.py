@@ -33,7 +33,7 @@ from cotam.store.fs import split_uri
 FORMAT = "cotam-codec/6"
 # Packaged weights by name: the sha256 of cotam/packaged/{name}.safetensors, or of its parts, .0, .1, together.
 PACKAGED: dict[str, str] = {
-    "cotam-adapter-tiny": "8757de19513f05fadc47b7e108adb5ea321e9ed2f92be1dd25e5155809919737",
+    "cotam-adapter-tiny": "ab106fdd315335cab5a0828606e59738a1ec95e628cfbd36383f4a7a18b48ceb",
     "cotam-adapter-tiny-large": "e0b9d22dc967d59a2b1f3ed37fbcabae6adfac2d7c339117ed8e9b8de0daa8e5",
     "cotam-base": "84ffbe767cefec6b487fd3306e861ec78b42b74ce8308b1c2f2d3e6dd313e436",
     "cotam-large": "fd7fe306e1c27f280cb9b670e5aedf8fb430031e490b4bfda89a5f041760758e",
