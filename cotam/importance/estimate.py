@@ -46,7 +46,7 @@ class ImportanceEstimator:
     def __init__(self, tower: AttentionTower, device: str = "cpu") -> None:
         self.device = torch.device(device)
         self.tower = tower.to(self.device)
-        # bfloat16 moves a map by less than a hundredth of a level.
+        # bfloat16 moves maps by 0.003 of their range (docs/performance.md).
         self.tower.visual.to(torch.bfloat16 if computes_in_bfloat16(self.device) else torch.float32)
 
     def __call__(self, images: Sequence[RGBImage]) -> list[ImportanceMap]:
