@@ -76,7 +76,7 @@ class _Opened(NamedTuple):
 
 
 class Codec:
-    """Encodes and decodes images with the models of one file. Thread-safe: nothing changes after loading.
+    """Encodes and decodes images with the models of one file. Thread-safe.
 
     On a CPU it tells the C library to keep freed memory for reuse (``cotam.memory``).
 

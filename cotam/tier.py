@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -21,6 +23,46 @@ _LOW_QUALITY = 5.0  # up to there transforms in int8 cost 0.1 % of the bits, at 
 QualityIndex = int | NDArray[np.uint8]
 
 
+class CutModels(Mapping[int, CodecModel]):
+    """By number of channels of ``y``, a model cut to them (``cotam.models.narrow``), for a device.
+
+    Each is made when it is first asked for: a job has images of few qualities. Any thread may ask.
+
+    Args:
+        model: stays as it is.
+        quality_indexes: of images that are coded with it.
+        device: where they run.
+    """
+
+    def __init__(self, model: CodecModel, quality_indexes: list[int], device: torch.device) -> None:
+        self._whole, self._device = model, device
+        self._highest = {model.config.num_channels(q): q for q in sorted(quality_indexes)}
+        self._made: dict[int, CodecModel] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, num_channels: int) -> CodecModel:
+        with self._lock:
+            if num_channels not in self._made:
+                # Whatever the first image is encoded under must not be seen in the weights.
+                with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+                    self._made[num_channels] = self._make(num_channels)
+            return self._made[num_channels]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._highest)
+
+    def __len__(self) -> int:
+        return len(self._highest)
+
+    def _make(self, num_channels: int) -> CodecModel:
+        highest, whole = self._highest[num_channels], self._whole
+        model = copy.deepcopy(whole) if num_channels == whole.config.M else narrowed(whole, num_channels)
+        if self._device.type == "cpu":  # it is a copy, as this is for good
+            model.prepare(low_quality=1 + highest / Q_STEPS <= _LOW_QUALITY)
+        model.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model
+
+
 class Tier:
     """Everything that depends on which tier an image is coded with.
 
@@ -30,19 +72,14 @@ class Tier:
 
     Attributes:
         lowest_quality, highest_quality: its range. No image has others, and so no other numbers of channels.
-        models: by number of channels of ``y``, the model cut to them (``cotam.models.narrow``), for this device.
+        models: by number of channels of ``y``, the model cut to them.
         coder: of symbols, by the tier's tables.
     """
 
     def __init__(self, weights: TierWeights, device: torch.device) -> None:
         model = weights.model
         self.lowest_quality, self.highest_quality = weights.lowest_quality, weights.highest_quality
-        highest = {model.config.num_channels(q): q for q in range(model.config.num_q) if self.covers(q)}
-        self.models = {m: copy.deepcopy(model) if m == model.config.M else narrowed(model, m) for m in highest}
-        for m, each in self.models.items():
-            if device.type == "cpu":  # they are copies, as this is for good
-                each.prepare(low_quality=1 + highest[m] / Q_STEPS <= _LOW_QUALITY)
-            each.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.models = CutModels(model, [q for q in range(model.config.num_q) if self.covers(q)], device)
         self.coder = RansCoder(weights.tables)
         self._config = model.config
         self._z_indexes = model.z_indexes().cpu().numpy().astype(np.uint8)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import skimage.data
@@ -10,6 +12,8 @@ import torch
 from cotam.bitstream import BitstreamError, pack, unpack
 from cotam.codec import Codec
 from cotam.config import Q_STEPS
+from cotam.image import RGBImage
+from cotam.models.codec_model import CodecModel
 from cotam.models.int8_blocks import Int8Blocks
 from cotam.models.precision import multiplies_int8
 from cotam.weights import dump_codec, parse_codec, read_weights
@@ -55,6 +59,22 @@ def test_a_tier_that_a_codec_has_not_is_refused() -> None:
     stream = unpack(codec.encode(np.zeros((64, 64, 3), np.uint8)), codec.max_pixels)
     with pytest.raises(BitstreamError, match="bitstream has tier 1, the model has 1"):
         codec.decode(pack(stream._replace(tier=1)))
+
+
+def test_models_are_made_once_and_alike_whoever_asks_first(codec: Codec, photos: dict[str, RGBImage]) -> None:
+    image = photos["astronaut"][:128, :192]
+    fresh = Codec.load()
+
+    def make(_: int) -> CodecModel:
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+            return fresh.tiers[0].models[160]
+
+    with ThreadPoolExecutor(8) as threads:
+        (model,) = {*threads.map(make, range(16))}
+    assert not any(tensor.is_inference() for tensor in model.state_dict().values())
+    string = codec.encode(image)
+    assert fresh.encode(image) == string
+    np.testing.assert_array_equal(fresh.decode(string), codec.decode(string))
 
 
 @pytest.mark.skipif(not multiplies_int8(torch.device("cpu")), reason="needs a CPU that multiplies int8")
