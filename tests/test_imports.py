@@ -1,6 +1,8 @@
 """The direction of imports: cotam knows nothing of ray, pipelines or jobs; only pipelines and jobs know ray."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,20 @@ def test_packages_import_in_one_direction(package: str) -> None:
         if name.split(".")[0] in FORBIDDEN[package]
     ]
     assert not wrong
+
+
+def test_coding_imports_nothing_heavy_that_it_does_not_need() -> None:
+    """A second of every start, and 160 MiB of every worker."""
+    code = """
+import sys
+import numpy as np
+from cotam.codec import Codec
+codec = Codec.load()
+codec.decode(codec.encode(np.zeros((32, 32, 3), np.uint8)))
+print({"torch._dynamo", "torchvision", "open_clip", "transformers", "compressai", "ray"} & {*sys.modules})
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "set()\n"
 
 
 def _imports(file: Path) -> set[str]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cotam.entropy.compiled import compiled
-from cotam.models.layers import DepthwiseBlock
+from cotam.models.layers import DepthwiseBlock, untraced
 
 _STRIP = 1024  # positions that are computed at once: their sums stay in the cache
 _LARGEST = np.float32(127)
@@ -118,7 +118,7 @@ class Int8Blocks(nn.Module):
         self.blocks = [Block8.of(block) for block in blocks]
         self.last, self.stride = Linear8.of_conv(last), last.stride[0]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @untraced
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape

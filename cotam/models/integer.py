@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cotam.entropy.compiled import compiled
-from cotam.models.layers import channels_last_array, clamp_ste, in_one_pass, round_ste
+from cotam.models.layers import channels_last_array, clamp_ste, in_one_pass, round_ste, untraced
 from cotam.models.precision import multiplies_int8
 
 ACTIVATION_MAX = 127  # numba's cache of context.py notices no change of it
@@ -240,7 +240,7 @@ class IntConv2d(nn.Module):
                 out = torch.addr(out, q[:, 0], kernel.gain[channels])
         return self._round(out)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @untraced
     def _by_int8(self, product: Int8Product, inputs: Sequence[Tensor], q: Tensor | None) -> Tensor:
         """``pointwise`` in int8, summed in int32; int8 comes out where it holds the layer's range, else float32."""
         x = [x.to(torch.int8) for x in inputs]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+Function = TypeVar("Function", bound=Callable[..., object])
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -121,6 +124,21 @@ def in_one_pass(x: Tensor) -> bool:
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.uint8)
+
+
+def untraced(function: Function) -> Function:
+    """``function``, which torch.compile calls as it is.
+
+    As ``torch.compiler.disable`` does, which imports torch's whole compiler where it is written: a second, 160 MiB.
+    """
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> object:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*arguments)
+        return function(*arguments)
+
+    return cast(Function, call)
 
 
 def channels_last_array(x: Tensor) -> NDArray[Any]:
