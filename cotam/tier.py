@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,6 +54,10 @@ class CutModels(Mapping[int, CodecModel]):
 
     def __len__(self) -> int:
         return len(self._highest)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process, which makes its own."""
+        return CutModels, (self._whole, [*self._highest.values()], self._device)
 
     def _make(self, num_channels: int) -> CodecModel:
         highest, whole = self._highest[num_channels], self._whole

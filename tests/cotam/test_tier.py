@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -73,8 +74,9 @@ def test_models_are_made_once_and_alike_whoever_asks_first(codec: Codec, photos:
         (model,) = {*threads.map(make, range(16))}
     assert not any(tensor.is_inference() for tensor in model.state_dict().values())
     string = codec.encode(image)
-    assert fresh.encode(image) == string
-    np.testing.assert_array_equal(fresh.decode(string), codec.decode(string))
+    for other in (fresh, pickle.loads(pickle.dumps(fresh))):  # as a task of Ray or a process may get it
+        assert other.encode(image) == string
+        np.testing.assert_array_equal(other.decode(string), codec.decode(string))
 
 
 @pytest.mark.skipif(not multiplies_int8(torch.device("cpu")), reason="needs a CPU that multiplies int8")
